@@ -1,0 +1,25 @@
+# make demo: the whole method on a laptop.  make test: the tests.  Both make .venv and install what is needed the first time.
+PYTHON ?= python3
+
+demo: .venv/installed
+	.venv/bin/python distill.py --data shapes --ratio 0.1
+
+test: .venv/installed-tests
+	.venv/bin/python -m pytest -q tests
+
+lint: .venv/installed-tests
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: requirements.txt | .venv/bin/python
+	.venv/bin/python -m pip install -q -r requirements.txt
+	touch $@
+
+.venv/installed-tests: tests/requirements.txt .venv/installed
+	.venv/bin/python -m pip install -q -r tests/requirements.txt
+	touch $@
+
+.PHONY: demo test lint

@@ -1,0 +1,400 @@
+"""Phases 1 and 2 of Guided Distillation (Berrada et al., WACV 2024, arXiv 2308.02668, section 3): teacher burn-in and guided burn-in.
+
+"Burn-in" means here what the paper calls by that name: the time before teacher and student learn from one another. First a teacher learns from
+the few labelled images alone. Then a fresh student, not a copy of it, learns from the same labels and, on unlabelled images, from the
+pseudo-labels of the teacher, which stays as it is. In most other papers burn-in is only the first of these.
+
+    python burnin.py --data shapes --ratio 0.1                                            # a laptop; writes runs/shapes-0.1/
+    torchrun --nproc_per_node=8 burnin.py --data coco --root /data/coco --ratio 0.01      # many GPUs
+    python burnin.py --data my_dataset --ratio 0.1 --teacher teacher.pt                   # with a teacher of one's own
+
+It writes teacher.pt, then burnin.pt; distill.py goes on from there.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import engine
+from data import View, Views, labelled_split, load_data, repeat_factors, seed_of, split_hash, stream
+from engine import Run, autocast, knob, say
+from evaluate import ap_line, evaluate
+from matcher import SetCriterion
+from model import Mask2Former
+
+
+@dataclass
+class Config:
+    """Every number of the method. The defaults are the paper's on COCO with ResNet-50; PRESETS change them per data set, flags change both."""
+
+    # data
+    data: str = knob("shapes", "shapes, coco, or a folder with instances_train.json, instances_val.json, images/")
+    root: str = knob("", "where COCO lies, or where shapes is written; empty: a folder under datasets/")
+    preset: str = knob("", "values of another data set: shapes, coco or cityscapes; empty: those of --data, or coco")
+    ratio: float = knob(0.1, "labelled share of the training images, in (0, 1]")
+    out: str = knob("", "folder of checkpoints and logs; empty: runs/<data>-<ratio>")
+    crop: tuple = knob((1024, 1024), "height and width of training crops, pixels, multiples of 32")
+    scale: tuple = knob((0.1, 2.0), "large-scale jitter: the image is resized to fit the crop times a factor of this range")
+    short_side: tuple = knob((), "instead of large-scale jitter: resize the shorter side to one of these, pixels")
+    colour: bool = knob(False, "photometric jitter of the weak view (the paper's Cityscapes recipe)")
+    blur: tuple = knob((0.1, 2.0), "sigma of the strong view's Gaussian blur, pixels")
+    test_short_side: int = knob(800, "shorter side at test time, pixels; 0 keeps images as they are")
+    test_long_side: int = knob(1333, "limit of the longer side at test time, pixels")
+    workers: int = knob(4, "loader processes for each of the two streams; 0 loads in the training process")
+
+    # model
+    backbone: str = knob("resnet50", "resnet50, resnet101, swin_t, swin_s, swin_b, swin_l, or any timm model with strides 4 to 32")
+    pretrained: bool = knob(True, "start from timm's ImageNet weights (downloads them)")
+    backbone_weights: str = knob("", "start from this file of timm's names instead")
+    backbone_args: dict = knob(None, "further arguments of timm.create_model, as JSON")
+    pixel_mean: tuple = knob((), "mean of the backbone's input per RGB channel in 0..255; empty: timm's")
+    pixel_std: tuple = knob((), "standard deviation likewise")
+    norm: str = knob("frozen", "the backbone's batch norms: frozen, batch (trained, synchronised), group")
+    num_queries: int = knob(100, "objects that can be found in an image at most")
+    hidden_dim: int = knob(256, "width of both decoders")
+    encoder_layers: int = knob(6, "deformable attention layers of the pixel decoder")
+    encoder_ffn: int = knob(1024, "width of their feed-forward networks")
+    decoder_layers: int = knob(9, "layers of the transformer decoder")
+    decoder_ffn: int = knob(2048, "width of their feed-forward networks")
+
+    # optimisation, all phases
+    lr: float = knob(1e-4, "AdamW's learning rate")
+    weight_decay: float = knob(0.05, "AdamW's weight decay; none on norms, embeddings and position tables")
+    backbone_lr_factor: float = knob(0.1, "the backbone learns at this times lr")
+    clip: float = knob(0.01, "largest norm of the whole model's gradient; 0: no clipping")
+    schedule: str = knob("step", "learning rate over a run: poly (power 0.9), step (x 0.1 at 0.889 and 0.963 of it), cosine")
+    warmup: float = knob(0.0, "share of a run over which the learning rate rises from zero")
+    batch: int = knob(16, "labelled images a step, and as many unlabelled ones, over all processes")
+    num_points: int = knob(12544, "points on which masks are compared, in matching and losses")
+    steps: tuple = knob((25_000, 25_000, 343_750), "of teacher burn-in, guided burn-in, distillation")
+    labels_only: bool = knob(False, "the control: the teacher's training alone, for the steps of all three phases")
+
+    # guidance
+    score_threshold: float = knob(0.7, "a pseudo-label's least class probability")
+    min_area: int = knob(5, "a pseudo-label's mask is larger than this, pixels at stride 4")
+    unsupervised_weight: float = knob(2.0, "weight of the loss on unlabelled images")
+    repeat_threshold: float = knob(10.0, "repeat-factor sampling of labelled images in phases 2 and 3; 0: uniform")
+    teacher: str = knob("", "checkpoint of a teacher of one's own; phase 1 is skipped")
+
+    # bookkeeping
+    seed: int = knob(0, "of the labelled split, the initial weights, the views and the points")
+    device: str = knob("", "cuda, mps or cpu; empty: the best there is")
+    log_every: int = knob(50, "steps between two log lines")
+    save_every: int = knob(1000, "steps between two checkpoints that a stopped run goes on from")
+    eval_every: int = knob(0, "steps between two evaluations; 0: only at the end of a phase")
+
+    def __post_init__(self):
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"--ratio {self.ratio:g} must be in (0, 1]; 5 % is 0.05")
+        if len(self.steps) == 1:
+            self.steps *= 3
+        if len(self.steps) != 3 or min(self.steps) < 1:
+            raise ValueError(f"--steps is one number or three, each at least 1, found {self.steps}")
+        if self.batch % engine.world_size():
+            raise ValueError(f"--batch {self.batch} does not divide by {engine.world_size()} processes")
+        self.out = self.out or f"runs/{Path(self.data).name}-{self.ratio:g}"
+
+
+PRESETS = {
+    # Small enough for two CPU cores, from scratch. A short run needs a larger learning rate and so a looser clip than the paper's.
+    "shapes": dict(
+        crop=(96, 96),
+        scale=(0.7, 1.4),
+        blur=(0.1, 1.0),
+        test_short_side=0,
+        workers=0,
+        backbone="resnet10t",
+        pretrained=False,
+        backbone_args={"stem_type": "", "channels": [32, 64, 128, 128]},
+        norm="group",
+        num_queries=12,
+        hidden_dim=96,
+        encoder_layers=2,
+        encoder_ffn=192,
+        decoder_layers=3,
+        decoder_ffn=192,
+        lr=1e-3,
+        backbone_lr_factor=1.0,
+        clip=1.0,
+        schedule="cosine",
+        warmup=0.05,
+        batch=8,
+        num_points=512,
+        steps=(700, 800, 800),
+        save_every=100,
+    ),
+    "coco": {},  # the defaults
+    "cityscapes": dict(
+        crop=(512, 1024),
+        short_side=tuple(round(512 + 102.4 * i) for i in range(16)),
+        colour=True,
+        test_short_side=1024,
+        test_long_side=2048,
+        norm="batch",
+        schedule="poly",
+        steps=(15_000, 15_000, 75_000),
+    ),
+}
+
+
+# ------------------------------------------------------------------------------------------------- the method
+
+
+@torch.no_grad()
+def pseudo_labels(outputs: dict, score_threshold: float = 0.7, min_area: int = 5) -> list[dict]:
+    """What the teacher is sure of, as targets (section 3.2). Hard labels; duplicates are not suppressed.
+
+    outputs: as `Mask2Former` returns them, (B, Q, K+1) and (B, Q, h, w). A query is kept when its most probable entry is a class with a probability
+    above score_threshold, and its mask has more than min_area pixels above 0.5 at stride 4.
+    Returns per image "labels" (N,) int64, "masks" (N, h, w) bool and "scores" (N,) in [0, 1].
+    """
+    scores, labels = outputs["pred_logits"].float().softmax(-1).max(-1)  # (B, Q)
+    masks = outputs["pred_masks"] > 0  # sigmoid above 0.5
+    no_object = outputs["pred_logits"].shape[-1] - 1
+    keep = (labels != no_object) & (scores > score_threshold) & (masks.sum((2, 3)) > min_area)
+    return [
+        {"labels": labels[b, kept], "masks": masks[b, kept], "scores": scores[b, kept]}
+        for b, kept in enumerate(keep)
+    ]
+
+
+def supervised_step(student: nn.Module, criterion: SetCriterion, labelled: list[dict], device) -> dict:
+    """Mask2Former's losses on a batch of labelled images."""
+    with autocast(device):
+        outputs = student(images(labelled, "image", device))
+    return set_losses(criterion, outputs, to_device(labelled, device))
+
+
+def guided_step(student, teacher, criterion, labelled, unlabelled, cfg, device) -> tuple[dict, dict, list[dict]]:
+    """The losses of a step in phases 2 and 3: on labelled images against their labels, on unlabelled ones against the teacher's
+    pseudo-labels. The teacher sees the weak view, the student the strong view of the same crop. Returns both dictionaries and the pseudo-labels."""
+    with torch.no_grad(), autocast(device):
+        guidance = teacher(images(unlabelled, "image", device))
+    targets = pseudo_labels(guidance, cfg.score_threshold, cfg.min_area)
+
+    with autocast(device):  # one pass for both: no layer mixes the images of a batch
+        views = torch.cat([images(labelled, "image", device), images(unlabelled, "strong", device)])
+        outputs = student(views)
+    on_labelled, on_unlabelled = split(outputs, len(labelled))
+    losses = set_losses(criterion, on_labelled, to_device(labelled, device))
+    guided_losses = set_losses(criterion, on_unlabelled, targets)
+    return losses, guided_losses, targets
+
+
+def set_losses(criterion, outputs, targets) -> dict:
+    """The criterion's losses, normalised by the mean number of objects over processes."""
+    count = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=outputs["pred_logits"].device)
+    return criterion(outputs, targets, num_objects=engine.mean_over_processes(count).item())
+
+
+def split(outputs: dict, first: int) -> tuple[dict, dict]:
+    """The outputs of the first images of a batch, and of the others."""
+    parts = []
+    for part in (slice(None, first), slice(first, None)):
+        rows = {name: value[part] for name, value in outputs.items() if name != "aux_outputs"}
+        aux = [{name: value[part] for name, value in a.items()} for a in outputs["aux_outputs"]]
+        parts.append({**rows, "aux_outputs": aux})
+    return tuple(parts)
+
+
+def images(batch: list[dict], key: str, device) -> Tensor:
+    """(B, 3, H, W) uint8"""
+    return torch.stack([item[key] for item in batch]).to(device, non_blocking=True)
+
+
+def to_device(batch: list[dict], device) -> list[dict]:
+    return [{key: item[key].to(device, non_blocking=True) for key in ("labels", "masks")} for item in batch]
+
+
+# ----------------------------------------------------------------------------------------------- what it needs
+
+
+class Setting:
+    """Data, model arguments and loss of a run: what all phases share."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        self.device = engine.start_processes(cfg.device)
+        with engine.rank_zero_first():
+            self.train, self.val = load_data(cfg.data, cfg.root or None)
+            Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        self.labelled = labelled_split(self.train.image_ids, cfg.ratio, cfg.seed)
+        self.num_classes = len(self.train.class_names)
+        self.model_args = {
+            "num_classes": self.num_classes,
+            "backbone": cfg.backbone,
+            "backbone_args": cfg.backbone_args,
+            "pixel_mean": list(cfg.pixel_mean) or None,
+            "pixel_std": list(cfg.pixel_std) or None,
+            **{
+                name: getattr(cfg, name)
+                for name in ("norm", "num_queries", "hidden_dim", "encoder_layers", "encoder_ffn")
+                + ("decoder_layers", "decoder_ffn")
+            },
+        }
+        self.describe = {
+            "model_args": self.model_args,
+            "class_names": self.train.class_names,
+            "split": split_hash(self.labelled),
+        }
+        self.criterion = SetCriterion(self.num_classes, num_points=cfg.num_points).to(self.device)
+        say(
+            f"{cfg.data}: {len(self.train)} training images, {len(self.labelled)} of them labelled (split "
+            f"{self.describe['split']}), {len(self.val)} for validation, {self.num_classes} classes"
+        )
+
+    def fresh_model(self, name: str) -> Mask2Former:
+        """ImageNet backbone (or random), random decoders, drawn from (seed, name)."""
+        torch.manual_seed(seed_of(self.cfg.seed, "model", name))
+        weights = self.cfg.backbone_weights or None
+        return Mask2Former(**self.model_args, pretrained=self.cfg.pretrained, backbone_weights=weights).to(self.device)
+
+    def streams(self, phase: str, first_step: int, guided: bool):
+        """Endless batches of labelled and of unlabelled images. The unlabelled pool is every training image, the labelled ones too."""
+        cfg = self.cfg
+        view = View(cfg.crop, cfg.scale, cfg.short_side, colour=cfg.colour, blur=cfg.blur)
+        common = dict(
+            batch=cfg.batch // engine.world_size(),
+            rank=engine.rank(),
+            world_size=engine.world_size(),
+            workers=cfg.workers,
+            first_step=first_step,
+        )
+        repeats = None
+        if guided and cfg.repeat_threshold:
+            repeats = repeat_factors(self.train, self.labelled, cfg.repeat_threshold)
+        labelled = stream(
+            Views(self.train, view), self.labelled, seed=seed_of(cfg.seed, phase, "labelled"), repeats=repeats, **common
+        )
+        if not guided:
+            return labelled
+        unlabelled = stream(
+            Views(self.train, view, labels=False, strong=True),
+            self.train.image_ids,
+            seed=seed_of(cfg.seed, phase, "unlabelled"),
+            **common,
+        )
+        return labelled, unlabelled
+
+    def evaluate(self, model) -> dict:
+        return evaluate(
+            model,
+            self.val,
+            self.device,
+            short_side=self.cfg.test_short_side,
+            long_side=self.cfg.test_long_side,
+        )
+
+
+def frozen_model(checkpoint: dict, which: str, device) -> Mask2Former:
+    """The student or the teacher of a checkpoint, for inference."""
+    model = Mask2Former(**checkpoint["model_args"])
+    model.load_state_dict(checkpoint[which])
+    return model.to(device).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------- the phases
+
+
+def burn_in_teacher(cfg: Config, setting: Setting, phase: str = "teacher") -> None:
+    """Phase 1: a model learns from the labelled images alone -> teacher.pt. With the steps of all phases it is the labels-only control."""
+    steps = cfg.steps[0] if phase == "teacher" else sum(cfg.steps)
+    device, student = setting.device, setting.fresh_model("teacher")
+    run = Run(cfg, phase, student, device, steps, (0, steps), describe=setting.describe)
+    labelled = setting.streams(phase, run.first_step, guided=False)
+
+    for step in run:
+        losses = supervised_step(run.student, setting.criterion, next(labelled), device)
+        run.update(sum(losses.values()))
+        # logging
+        run.log(loss=sum(losses.values()), images=cfg.batch // engine.world_size(), **main_losses(losses))
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < steps:
+            report(run, step + 1, setting.evaluate(run.model))
+
+    finish(run, setting.evaluate(run.model))
+
+
+def burn_in_student(cfg: Config, setting: Setting) -> None:
+    """Phase 2: a fresh student learns from the labels and from the frozen teacher -> burnin.pt."""
+    first, length = 0, cfg.steps[1] + cfg.steps[2]  # phases 2 and 3 share one learning-rate schedule
+    device, student = setting.device, setting.fresh_model("student")
+    teacher = frozen_model(load_teacher(cfg, setting), "student", device)
+    run = Run(
+        cfg, "burnin", student, device, cfg.steps[1], (first, length), teacher=teacher, describe=setting.describe
+    )
+    labelled, unlabelled = setting.streams("burnin", run.first_step, guided=True)
+
+    for step in run:
+        losses, guided_losses, pseudo = guided_step(
+            run.student, teacher, setting.criterion, next(labelled), next(unlabelled), cfg, device
+        )
+        run.update(sum(losses.values()) + cfg.unsupervised_weight * sum(guided_losses.values()))
+        # logging
+        log_guided(run, losses, guided_losses, pseudo)
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < run.steps:
+            report(run, step + 1, setting.evaluate(run.model))
+
+    finish(run, setting.evaluate(run.model))
+
+
+def load_teacher(cfg, setting) -> dict:
+    checkpoint = engine.load_checkpoint(cfg.teacher or Path(cfg.out) / "teacher.pt")
+    if checkpoint["class_names"] != setting.train.class_names:
+        raise ValueError(
+            f"the teacher knows {checkpoint['class_names']}, the data has {setting.train.class_names}"
+        )
+    return checkpoint
+
+
+def main_losses(losses: dict, prefix: str = "") -> dict:
+    """Those of the last decoder layer, for the log."""
+    return {prefix + name: losses[name] for name in ("loss_ce", "loss_mask", "loss_dice")}
+
+
+def log_guided(run, losses, guided_losses, pseudo) -> None:
+    B = len(pseudo)
+    run.log(
+        loss=sum(losses.values()),
+        guided_loss=sum(guided_losses.values()),
+        pseudo_labels=sum(len(p["labels"]) for p in pseudo) / B,
+        images=2 * B,
+        **main_losses(losses),
+    )
+
+
+def report(run, step, ap) -> None:
+    run.record(phase=run.phase, step=step, ap=ap)
+    say(f"{run.phase} {step}/{run.steps}  {ap_line(ap)}")
+
+
+def finish(run, ap, **more) -> None:
+    run.finish(ap=ap, **more)
+    say(f"{run.phase} done  {ap_line(ap)}  -> {run.out / (run.phase + '.pt')}")
+
+
+def done(cfg, phase: str) -> bool:
+    return (Path(cfg.out) / f"{phase}.pt").exists()
+
+
+def main(cfg: Config, setting: Setting) -> None:
+    """Whatever of phases 1 and 2 has not been run yet."""
+    if cfg.labels_only:
+        if not done(cfg, "labels_only"):
+            burn_in_teacher(cfg, setting, "labels_only")
+        return
+    if not cfg.teacher and not done(cfg, "teacher"):
+        say("phase 1 of 3, teacher burn-in: labels only")
+        burn_in_teacher(cfg, setting)
+    if not done(cfg, "burnin"):
+        say("phase 2 of 3, guided burn-in: a fresh student, a frozen teacher")
+        burn_in_student(cfg, setting)
+
+
+if __name__ == "__main__":
+    with engine.user_errors():
+        cfg = engine.parse_config(Config, PRESETS, description=__doc__)
+        setting = Setting(cfg)
+    main(cfg, setting)

@@ -1,0 +1,132 @@
+"""Guided Distillation (Berrada et al., WACV 2024, arXiv 2308.02668), whole: phase 3, distillation, after whatever of phases 1 and 2 is missing.
+
+In distillation the teacher begins as a copy of the student and follows it by an exponential moving average, while the student goes on
+learning from the labels and from the teacher's pseudo-labels: it is the guided step of burnin.py with a teacher that follows the student.
+
+    python distill.py --data shapes --ratio 0.1                                           # a laptop, about ten minutes
+    torchrun --nproc_per_node=8 distill.py --data coco --root /data/coco --ratio 0.01     # many GPUs
+    python distill.py --data my_dataset --ratio 0.1                                       # a folder in COCO form
+
+It writes teacher.pt, burnin.pt, distill.pt and a picture into runs/<data>-<ratio>/; the same command goes on where it was stopped.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import burnin
+import engine
+from burnin import Setting, guided_step
+from engine import Run, knob, say
+from evaluate import ap_line, ap_table, compare
+
+
+@dataclass
+class Config(burnin.Config):
+    """Every number of the method; PRESETS change them per data set, flags change both."""
+
+    ema_decay: float = knob(0.9996, "of the teacher's weights that stay at each step")
+
+
+PRESETS = {
+    "shapes": {**burnin.PRESETS["shapes"], "ema_decay": 0.99},
+    "coco": burnin.PRESETS["coco"],
+    "cityscapes": burnin.PRESETS["cityscapes"],
+}
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
+    """teacher = decay * teacher + (1 - decay) * student, for parameters and buffers; whole numbers are copied (section 3.3)."""
+    pairs = list(zip(teacher.state_dict().values(), student.state_dict().values(), strict=True))
+    floats = [(t, s) for t, s in pairs if t.is_floating_point()]
+    torch._foreach_lerp_([t for t, _ in floats], [s for _, s in floats], 1 - decay)
+    for t, s in pairs:
+        if not t.is_floating_point():
+            t.copy_(s)
+
+
+def distill(cfg: Config, setting: Setting) -> None:
+    """Phase 3 -> distill.pt"""
+    device = setting.device
+    start = engine.load_checkpoint(Path(cfg.out) / "burnin.pt")
+    student, teacher = setting.fresh_model("student"), burnin.frozen_model(start, "student", device)
+    student.load_state_dict(start["student"])
+    schedule = cfg.steps[1], cfg.steps[1] + cfg.steps[2]  # goes on where phase 2 ended
+    run = Run(
+        cfg,
+        "distill",
+        student,
+        device,
+        cfg.steps[2],
+        schedule,
+        teacher=teacher,
+        optimizer_state=start["optimizer"],
+        describe=setting.describe,
+    )
+    labelled, unlabelled = setting.streams("distill", run.first_step, guided=True)
+
+    for step in run:
+        losses, guided_losses, pseudo = guided_step(
+            run.student, teacher, setting.criterion, next(labelled), next(unlabelled), cfg, device
+        )
+        run.update(sum(losses.values()) + cfg.unsupervised_weight * sum(guided_losses.values()))
+        ema_update(teacher, run.model, cfg.ema_decay)
+        # logging
+        burnin.log_guided(run, losses, guided_losses, pseudo)
+        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < run.steps:
+            burnin.report(run, step + 1, setting.evaluate(run.model))
+
+    ap, teacher_ap = setting.evaluate(run.model), setting.evaluate(teacher)
+    say(f"the EMA teacher  {ap_line(teacher_ap)}")
+    burnin.finish(run, ap, teacher_ap=teacher_ap)
+
+
+def summary(cfg: Config, setting: Setting) -> None:
+    """The table of all phases, and a picture of teacher and student on the same images."""
+    out = Path(cfg.out)
+    load = engine.load_checkpoint
+    last = load(out / "distill.pt")
+    columns = {"teacher": load(cfg.teacher or out / "teacher.pt")["ap"]}
+    if burnin.done(cfg, "labels_only"):
+        columns["labels only"] = load(out / "labels_only.pt")["ap"]
+    columns |= {"burnt-in": load(out / "burnin.pt")["ap"], "student": last["ap"], "EMA teacher": last["teacher_ap"]}
+    say(f"\nmask AP on {len(setting.val)} validation images, {len(setting.labelled)} labelled training images\n")
+    say(ap_table(columns))
+    if engine.rank() == 0:
+        first = load(cfg.teacher or out / "teacher.pt")
+        models = {
+            "teacher": burnin.frozen_model(first, "student", setting.device),
+            "student": burnin.frozen_model(last, "student", setting.device),
+        }
+        compare(
+            models,
+            setting.val,
+            out / "predictions.png",
+            setting.device,
+            short_side=cfg.test_short_side,
+            long_side=cfg.test_long_side,
+        )
+        say(f"\npicture: {out / 'predictions.png'}")
+
+
+def main(cfg: Config) -> None:
+    with engine.user_errors():
+        setting = Setting(cfg)
+    burnin.main(cfg, setting)
+    if cfg.labels_only:
+        return
+    if not burnin.done(cfg, "distill"):
+        say("phase 3 of 3, distillation: the teacher follows the student")
+        distill(cfg, setting)
+    else:
+        say("all phases are done")
+    summary(cfg, setting)
+
+
+if __name__ == "__main__":
+    with engine.user_errors():
+        cfg = engine.parse_config(Config, PRESETS, description=__doc__)
+    main(cfg)

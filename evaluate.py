@@ -1,0 +1,274 @@
+"""Evaluation: mask AP of a checkpoint's student and teacher, and pictures of what they predict.
+
+    python evaluate.py runs/shapes-0.1/distill.pt --data shapes                  # AP, by size and by class, side by side
+    python evaluate.py runs/coco-0.01/distill.pt --data coco --json ap.json      # the same into a file
+    torchrun --nproc_per_node=8 evaluate.py runs/coco-0.01/distill.pt --data coco
+
+Letters in shapes: B images, Q queries, K classes, N detections of one image, H W pixels, h w = a quarter of the padded image's.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from pycocotools import mask as rle_tools
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+import engine
+from data import CocoDataset, load_data, test_size, to_rle, to_tensor
+from model import Mask2Former
+
+
+def instances(outputs: dict, image_sizes, output_sizes=None, top_k: int = 100) -> list[dict]:
+    """What the model sees in each image (Mask2Former, appendix): the top_k pairs of query and class by class probability.
+
+    outputs: as `Mask2Former` returns them. image_sizes: [(H, W)] of the images before padding. output_sizes: [(H, W)] of the masks
+    wanted, default image_sizes.
+    Returns per image, best first: "scores" (N,), class probability times mean mask probability inside the mask, in [0, 1]; "labels" (N,)
+    int64; "masks" (N, H, W) bool.
+    """
+    results = []
+    for b, image_size in enumerate(image_sizes):
+        probabilities = outputs["pred_logits"][b].float().softmax(-1)[:, :-1]  # (Q, K)
+        K = probabilities.shape[1]
+        scores, best = probabilities.flatten().topk(min(top_k, probabilities.numel()))
+        kept, inverse = (best // K).unique(return_inverse=True)  # a query counts once for several classes
+        mask_logits = outputs["pred_masks"][b, kept].float()[None]  # (1, kept, h, w)
+        padded = [4 * side for side in mask_logits.shape[-2:]]
+        mask_logits = F.interpolate(mask_logits, size=padded, mode="bilinear", align_corners=False)
+        mask_logits = mask_logits[..., : image_size[0], : image_size[1]]
+        output_size = tuple(output_sizes[b] if output_sizes is not None else image_size)
+        if output_size != tuple(mask_logits.shape[-2:]):
+            mask_logits = F.interpolate(mask_logits, size=output_size, mode="bilinear", align_corners=False)
+        mask_logits = mask_logits[0]
+        masks = mask_logits > 0
+        mask_scores = (mask_logits.sigmoid() * masks).sum((1, 2)) / (masks.sum((1, 2)) + 1e-6)
+        scores, order = (scores * mask_scores[inverse]).sort(descending=True)
+        results.append({"scores": scores, "labels": best[order] % K, "masks": masks[inverse[order]]})
+    return results
+
+
+@torch.no_grad()
+def predict(model, images: list[Tensor], output_sizes, device, top_k=100) -> list[dict]:
+    """instances() of uint8 images (3, H, W) of one common size."""
+    with engine.autocast(device):
+        outputs = model(torch.stack(images).to(device))
+    return instances(outputs, [image.shape[-2:] for image in images], output_sizes, top_k)
+
+
+def evaluate(model, dataset: CocoDataset, device=torch.device("cpu"), *, short_side=0, long_side=0, batch=16, top_k=100) -> dict:
+    """Mask AP by the rules of COCO, in percent: {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class": {name: AP}}; -1 where
+    there is nothing to find. Each process takes its share of the images; all return the same.
+
+    short_side, long_side: images are resized so at test time (data.test_size); 0 keeps them as they are.
+    """
+    training = model.training
+    model.eval()
+    sizes = {i: test_size(*dataset.size(i), short_side, long_side) for i in dataset.image_ids}
+    mine = sorted(dataset.image_ids[engine.rank() :: engine.world_size()], key=lambda i: (sizes[i], i))
+    detections = []
+    while mine:
+        group = [i for i in mine[:batch] if sizes[i] == sizes[mine[0]]]  # a batch has one size
+        mine = mine[len(group) :]
+        images = [to_tensor(dataset.image(i).resize(sizes[i][::-1], Image.Resampling.BILINEAR)) for i in group]
+        for i, result in zip(group, predict(model, images, [dataset.size(i) for i in group], device, top_k)):
+            detections += coco_results(i, result, dataset.category_ids)
+    model.train(training)
+    return mask_ap(dataset, gather(detections))
+
+
+def coco_results(image_id, result: dict, category_ids) -> list[dict]:
+    """An image's instances in COCO's result form: original category ids, masks as RLE."""
+    masks = result["masks"].permute(1, 2, 0).to(torch.uint8).cpu().numpy()
+    rles = rle_tools.encode(np.asfortranarray(masks))
+    return [
+        {"image_id": image_id, "category_id": category_ids[label], "segmentation": rle, "score": score}
+        for rle, label, score in zip(rles, result["labels"].tolist(), result["scores"].tolist())
+        if rle_tools.area(rle) > 0
+    ]
+
+
+def gather(items: list) -> list:
+    """The items of all processes, on every process."""
+    if engine.world_size() == 1:
+        return items
+    parts = [None] * engine.world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def mask_ap(dataset: CocoDataset, detections: list[dict]) -> dict:
+    """pycocotools' AP of detections in COCO's result form."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        annotations = []
+        for image_id in dataset.image_ids:
+            for annotation in dataset.annotations[image_id]:
+                rle = to_rle(annotation["segmentation"], *dataset.size(image_id))
+                area = annotation.get("area") or float(rle_tools.area(rle))
+                crowd = int(annotation.get("iscrowd", 0))
+                number = len(annotations) + 1  # pycocotools takes an id of 0 for "not matched"
+                annotations.append(
+                    {**annotation, "id": number, "segmentation": rle, "area": area, "iscrowd": crowd}
+                )
+        categories = [{"id": i, "name": n} for i, n in zip(dataset.category_ids, dataset.class_names)]
+        truth.dataset = {
+            "images": [dataset.images[i] for i in dataset.image_ids],
+            "annotations": annotations,
+            "categories": categories,
+        }
+        truth.createIndex()
+        found = COCO()
+        found.dataset = {**truth.dataset, "annotations": []}
+        for number, detection in enumerate(detections, start=1):
+            area = float(rle_tools.area(detection["segmentation"]))
+            found.dataset["annotations"].append({**detection, "id": number, "area": area, "iscrowd": 0})
+        found.createIndex()
+        coco_eval = COCOeval(truth, found, "segm")
+        coco_eval.evaluate()
+        coco_eval.accumulate()
+        coco_eval.summarize()
+    precision = coco_eval.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class): all sizes, 100 detections
+    per_class = [values[values > -1] for values in np.moveaxis(precision, 2, 0)]
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    result = {name: _percent(value) for name, value in zip(names, coco_eval.stats)}
+    result["per_class"] = {
+        name: _percent(values.mean()) if values.size else -1.0
+        for name, values in zip(dataset.class_names, per_class)
+    }
+    return result
+
+
+def _percent(value) -> float:
+    return round(100 * float(value), 4) if value >= 0 else -1.0
+
+
+# ------------------------------------------------------------------------------------------- tables and pictures
+
+
+def ap_line(ap: dict) -> str:
+    return "  ".join(f"{name} {_number(value)}" for name, value in ap.items() if name != "per_class")
+
+
+def ap_table(columns: dict[str, dict], by_class=True) -> str:
+    """AP dictionaries side by side, a line for each number."""
+    width = max(8, *(len(name) for name in columns)) + 2
+    first = next(iter(columns.values()))
+    rows = [[name] + [c[name] for c in columns.values()] for name in first if name != "per_class"]
+    if by_class:
+        rows += [["  " + name] + [c["per_class"][name] for c in columns.values()] for name in first["per_class"]]
+    label = max(len(row[0]) for row in rows) + 2
+    lines = [" " * label + "".join(name.rjust(width) for name in columns)]
+    lines += [row[0].ljust(label) + "".join(_number(value).rjust(width) for value in row[1:]) for row in rows]
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return "-" if value < 0 else f"{value:.1f}"
+
+
+COLOURS = np.array(
+    [(230, 60, 60), (60, 140, 240), (60, 190, 90), (245, 170, 40), (170, 90, 220), (40, 200, 200), (240, 100, 180)]
+)
+
+
+def draw_instances(image: Image.Image, masks, names: list[str], scale: int = 1) -> Image.Image:
+    """The image, `scale` times as large, under coloured masks (N, H, W) bool with their outlines and names."""
+    pixels = np.asarray(image.resize((image.width * scale, image.height * scale))).astype(float)
+    masks = [np.kron(np.asarray(mask), np.ones((scale, scale), dtype=bool)) for mask in masks]
+    for number, mask in enumerate(masks):
+        colour = COLOURS[number % len(COLOURS)]
+        pixels[mask] = 0.6 * pixels[mask] + 0.4 * colour
+        inner = mask.copy()
+        for axis in (0, 1):
+            for shift in (-1, 1):
+                inner &= np.roll(mask, shift, axis)
+        pixels[mask & ~inner] = colour
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    draw = ImageDraw.Draw(picture)
+    for mask, name in zip(masks, names):
+        if mask.any():
+            y, x = (int(values.mean()) for values in np.nonzero(mask))
+            draw.text((x, y), name, fill="white", anchor="mm", stroke_width=1, stroke_fill="black")
+    return picture
+
+
+def compare(models: dict, dataset: CocoDataset, path, device, *, count=8, threshold=0.5, short_side=0, long_side=0) -> None:
+    """Writes a picture: for `count` images a row of the image, its ground truth, and what each of the named models sees."""
+    rows = []
+    for image_id in dataset.image_ids[:: max(1, len(dataset) // count)][:count]:
+        image, size = dataset.image(image_id), dataset.size(image_id)
+        scale = max(1, 240 // max(size))
+        masks = [rle_tools.decode(to_rle(o["segmentation"], *size)) > 0 for o in dataset.objects(image_id)]
+        names = [dataset.class_names[label] for label in dataset.labels(image_id)]
+        row = [draw_instances(image, [], [], scale), draw_instances(image, masks, names, scale)]
+        resized = image.resize(test_size(*size, short_side, long_side)[::-1], Image.Resampling.BILINEAR)
+        for model in models.values():
+            found = predict(model.eval(), [to_tensor(resized)], [size], device)[0]
+            sure = found["scores"] > threshold
+            names = [
+                f"{dataset.class_names[label]} {score:.2f}"
+                for label, score in zip(found["labels"][sure].tolist(), found["scores"][sure].tolist())
+            ]
+            row.append(draw_instances(image, found["masks"][sure].cpu().numpy(), names, scale))
+        rows.append(row)
+    columns = ["image", "ground truth", *models]
+    widths = [max(row[c].width for row in rows) + 6 for c in range(len(columns))]
+    heights = [row[0].height + 6 for row in rows]
+    sheet = Image.new("RGB", (sum(widths), sum(heights) + 20), "white")
+    draw, x = ImageDraw.Draw(sheet), 0
+    for c, name in enumerate(columns):
+        draw.text((x + widths[c] // 2, 10), name, fill="black", anchor="mm")
+        y = 20
+        for row, height in zip(rows, heights):
+            sheet.paste(row[c], (x + 3, y))
+            y += height
+        x += widths[c]
+    sheet.save(path)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
+    parser.error = engine.refuse
+    parser.add_argument("checkpoint")
+    parser.add_argument("--data", help="shapes, coco or a folder; default: what the checkpoint was trained on")
+    parser.add_argument("--root", help="where COCO lies, or where shapes is written")
+    parser.add_argument("--json", help="write the APs into this file")
+    parser.add_argument("--picture", help="write a picture of predictions beside ground truth into this file")
+    parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best there is")
+    flags = parser.parse_args(argv)
+    with engine.user_errors():
+        device = engine.start_processes(flags.device)
+        checkpoint = engine.load_checkpoint(flags.checkpoint)
+        cfg = checkpoint["config"]
+        with engine.rank_zero_first():
+            _, dataset = load_data(flags.data or cfg["data"], flags.root or cfg["root"] or None)
+        if dataset.class_names != checkpoint["class_names"]:
+            raise ValueError(f"the checkpoint knows {checkpoint['class_names']}, the data has {dataset.class_names}")
+    sizes = {"short_side": cfg["test_short_side"], "long_side": cfg["test_long_side"]}
+    models = {}
+    for which in ("student", "teacher"):
+        if checkpoint[which] is not None:
+            models[which] = Mask2Former(**checkpoint["model_args"])
+            models[which].load_state_dict(checkpoint[which])
+            models[which].to(device)
+    aps = {which: evaluate(model, dataset, device, **sizes) for which, model in models.items()}
+    engine.say(ap_table(aps))
+    if engine.rank() == 0 and flags.json:
+        Path(flags.json).write_text(json.dumps(aps, indent=1))
+    if engine.rank() == 0 and flags.picture:
+        compare(models, dataset, flags.picture, device, **sizes)
+
+
+if __name__ == "__main__":
+    main()

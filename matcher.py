@@ -1,0 +1,189 @@
+"""Hungarian matching and the set loss of Mask2Former (Cheng et al., CVPR 2022, arXiv 2112.01527, section 3.3 and appendix).
+
+    criterion = SetCriterion(num_classes=80)
+    losses = criterion(outputs, targets)          # {"loss_ce": ..., "loss_mask": ..., "loss_dice": ..., "loss_ce_0": ..., ...}
+    sum(losses.values()).backward()
+
+Every query is matched to at most one object, by class probability and by the mask on random points; matched queries learn that object's
+class and mask, the others "no object". The same holds for the prediction of every decoder layer (deep supervision). This file needs torch
+and scipy and can be copied out alone. All of it runs in fp32, whatever autocast says. Where the paper is silent the numerics follow
+the official code (facebookresearch/Mask2Former at 9b0651c).
+
+Letters in shapes: B images, Q queries, K classes, N objects of one image, P points, H W pixels, h w = H/4 W/4, T predictions (one a layer
+and one before them), G matched pairs over all predictions and images. Points are (x, y) in [0, 1].
+"""
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+
+def sample_points(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear samples of maps (G, H, W) at points (G, P, 2), zero outside -> (G, P). Source: PointRend (arXiv 1912.08193), section 3.1."""
+    grid = 2 * points[:, :, None] - 1
+    return F.grid_sample(maps[:, None].to(points.dtype), grid, align_corners=False)[:, 0, :, 0]
+
+
+class HungarianMatcher(nn.Module):
+    """Finds for each image the one-to-one matching of queries to objects that costs least.
+
+    The cost of a pair is cost_class * -p(class) + cost_mask * mean BCE + cost_dice * dice, the masks compared on num_points
+    random points of the image.
+    """
+
+    def __init__(
+        self,
+        cost_class: float = 2.0,
+        cost_mask: float = 5.0,
+        cost_dice: float = 5.0,
+        num_points: int = 12544,
+    ):
+        super().__init__()
+        self.weights = cost_class, cost_mask, cost_dice
+        self.num_points = num_points
+
+    @torch.no_grad()
+    def forward(self, outputs: dict, targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
+        """outputs: "pred_logits" (B, Q, K+1), "pred_masks" (B, Q, h, w) logits. targets: per image "labels" (N,) int64 in 0..K-1 and "masks"
+        (N, H, W) bool, over the same area as pred_masks.
+
+        Returns per image (query, target): two int64 tensors of length min(Q, N) on the CPU; query ascends.
+        """
+        logits, masks = outputs["pred_logits"][None], outputs["pred_masks"][None]
+        return self.match(logits, masks, targets)[0]
+
+    @torch.no_grad()
+    def match(self, class_logits: Tensor, mask_logits: Tensor, targets: list[dict]) -> list[list]:
+        """The same for T predictions at once, class_logits (T, B, Q, K+1) and mask_logits (T, B, Q, h, w) -> T lists of B pairs. All costs
+        travel to the CPU in one copy."""
+        T, B, Q, _ = class_logits.shape
+        costs = [
+            self.costs(class_logits[:, b], mask_logits[:, b], target["labels"], target["masks"])
+            for b, target in enumerate(targets)
+        ]  # B times (T, Q, N)
+        flat = torch.cat([cost.flatten() for cost in costs]).cpu()
+        if not flat.isfinite().all():
+            raise FloatingPointError("the matching costs are not finite: the model's outputs are not")
+        costs = [part.view(cost.shape) for part, cost in zip(flat.split([c.numel() for c in costs]), costs)]
+        pairs = [[linear_sum_assignment(costs[b][t].numpy()) for b in range(B)] for t in range(T)]
+        return [[tuple(torch.as_tensor(i, dtype=torch.int64) for i in pair) for pair in row] for row in pairs]
+
+    def costs(self, class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor) -> Tensor:
+        """Of one image: (T, Q, K+1), (T, Q, h, w), (N,), (N, H, W) -> (T, Q, N). Each of the T predictions has points of its own."""
+        T, Q = mask_logits.shape[:2]
+        N = len(labels)
+        with torch.autocast(mask_logits.device.type, enabled=False):
+            points = torch.rand(T, self.num_points, 2, device=mask_logits.device)
+            x = F.grid_sample(mask_logits.float(), 2 * points[:, None] - 1, align_corners=False)[:, :, 0]
+            t = F.grid_sample(
+                masks.float().expand(T, *masks.shape), 2 * points[:, None] - 1, align_corners=False
+            )[:, :, 0]  # (T, N, P)
+            t = t.transpose(1, 2)  # (T, P, N)
+            # Class: -p, not -log p, as in DETR. BCE of logit x and target t: softplus(x) - x * t, averaged over points.
+            cost_class = -class_logits.float().softmax(-1)[:, :, labels]
+            cost_mask = (F.softplus(x).sum(-1, keepdim=True) - x @ t) / self.num_points
+            p = x.sigmoid()
+            cost_dice = 1 - (2 * (p @ t) + 1) / (p.sum(-1, keepdim=True) + t.sum(1, keepdim=True) + 1)
+        weight_class, weight_mask, weight_dice = self.weights
+        return (weight_class * cost_class + weight_mask * cost_mask + weight_dice * cost_dice).view(T, Q, N)
+
+
+class SetCriterion(nn.Module):
+    """Mask2Former's loss: classification of every query, BCE and dice of the matched masks, for every prediction.
+
+    num_classes: K. The weights are of the three losses and of the "no object" class within the first. Masks are compared on num_points points,
+    chosen among oversample_ratio times as many: the share importance_sample_ratio of them where the prediction is least certain, the
+    rest at random (PointRend, section 3.1). A matcher of one's own may be given.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        weight_class: float = 2.0,
+        weight_mask: float = 5.0,
+        weight_dice: float = 5.0,
+        no_object_weight: float = 0.1,
+        num_points: int = 12544,
+        oversample_ratio: float = 3.0,
+        importance_sample_ratio: float = 0.75,
+        matcher: HungarianMatcher | None = None,
+    ):
+        super().__init__()
+        self.weights = weight_class, weight_mask, weight_dice
+        self.num_classes, self.num_points = num_classes, num_points
+        self.oversample_ratio, self.importance_sample_ratio = oversample_ratio, importance_sample_ratio
+        self.matcher = matcher or HungarianMatcher(weight_class, weight_mask, weight_dice, num_points)
+        class_weights = torch.ones(num_classes + 1)
+        class_weights[num_classes] = no_object_weight
+        self.register_buffer("class_weights", class_weights, persistent=False)
+
+    def forward(self, outputs: dict, targets: list[dict], num_objects: float | None = None) -> dict:
+        """outputs: as `Mask2Former` returns them; targets: as for the matcher; num_objects: what the mask losses are divided by, by default
+        the objects of this batch. With several processes, pass the mean over processes. At least 1 is used.
+
+        Returns every loss times its weight, so that their sum is what is minimised: "loss_ce", "loss_mask", "loss_dice" of the last
+        prediction, and with suffix _0, _1, ... those of aux_outputs. Images without objects are welcome: every output takes part.
+        """
+        for target in targets:
+            if len(target["labels"]) != len(target["masks"]):
+                raise ValueError(f"{len(target['labels'])} labels for {len(target['masks'])} masks")
+        predictions = [*outputs.get("aux_outputs", []), outputs]
+        class_logits = torch.stack([prediction["pred_logits"] for prediction in predictions]).float()
+        mask_logits = torch.stack([prediction["pred_masks"] for prediction in predictions]).float()
+        pairs = self.matcher.match(class_logits, mask_logits, targets)
+        num_objects = max(sum(len(t["labels"]) for t in targets) if num_objects is None else num_objects, 1.0)
+
+        with torch.autocast(mask_logits.device.type, enabled=False):
+            layer, image, query, labels, masks = self.matched(pairs, targets, mask_logits.device)
+            loss_ce = self.class_losses(class_logits, layer, image, query, labels)  # (T,)
+            mask_losses = self.mask_losses(mask_logits[layer, image, query], masks)  # (2, G)
+            T = len(predictions)
+            loss_mask, loss_dice = mask_losses.new_zeros(2, T).index_add(1, layer, mask_losses) / num_objects
+
+        names = [f"_{t}" for t in range(T - 1)] + [""]
+        losses = zip(("loss_ce", "loss_mask", "loss_dice"), self.weights, (loss_ce, loss_mask, loss_dice))
+        return {f"{key}{name}": w * loss[t] for key, w, loss in losses for t, name in enumerate(names)}
+
+    def matched(self, pairs, targets, device):
+        """Per matched pair its prediction, image and query, its label, each (G,), and its mask (G, H, W) bool."""
+        rows = [
+            (t, b, query, target) for t, row in enumerate(pairs) for b, (query, target) in enumerate(row)
+        ]
+        layer = torch.cat([torch.full_like(query, t) for t, _, query, _ in rows]).to(device)
+        image = torch.cat([torch.full_like(query, b) for _, b, query, _ in rows]).to(device)
+        query = torch.cat([query for _, _, query, _ in rows]).to(device)
+        starts = torch.tensor([0] + [len(target["labels"]) for target in targets]).cumsum(0)
+        object_index = torch.cat([target + starts[b] for _, b, _, target in rows]).to(device)
+        labels = torch.cat([target["labels"] for target in targets])[object_index]
+        masks = torch.cat([target["masks"] for target in targets])[object_index]
+        return layer, image, query, labels, masks
+
+    def class_losses(self, class_logits, layer, image, query, labels):
+        """(T,): cross-entropy over all queries of a prediction, weighted by class."""
+        classes = torch.full(class_logits.shape[:3], self.num_classes, device=class_logits.device)
+        classes[layer, image, query] = labels
+        weights = self.class_weights[classes]  # (T, B, Q)
+        losses = F.cross_entropy(class_logits.flatten(0, 2), classes.flatten(), reduction="none")
+        return (weights * losses.view_as(weights)).sum((1, 2)) / weights.sum((1, 2))
+
+    def mask_losses(self, mask_logits, masks):
+        """(2, G): BCE and dice of mask_logits (G, h, w) with masks (G, H, W), on points."""
+        points = self.uncertain_points(mask_logits.detach())
+        x = sample_points(mask_logits, points)  # (G, P)
+        t = sample_points(masks, points)
+        bce = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1)
+        p = x.sigmoid()
+        dice = 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
+        return torch.stack([bce, dice])
+
+    def uncertain_points(self, mask_logits):
+        """(G, h, w) -> (G, P, 2): most points where the logit is closest to zero, the rest anywhere."""
+        G, device = len(mask_logits), mask_logits.device
+        candidates = torch.rand(G, int(self.num_points * self.oversample_ratio), 2, device=device)
+        num_uncertain = int(self.num_points * self.importance_sample_ratio)
+        uncertainty = -sample_points(mask_logits, candidates).abs()
+        best = uncertainty.topk(num_uncertain, dim=1, sorted=False).indices
+        points = candidates.gather(1, best[:, :, None].expand(-1, -1, 2))
+        return torch.cat([points, torch.rand(G, self.num_points - num_uncertain, 2, device=device)], dim=1)
