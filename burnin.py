@@ -1,18 +1,18 @@
-"""Phases 1 and 2 of Guided Distillation (Berrada et al., WACV 2024, arXiv 2308.02668, section 3): teacher burn-in and guided burn-in.
+"""Phases 1 and 2 of Guided Distillation (Berrada et al., WACV 2024, arXiv 2308.02668, section 3): teacher
+burn-in and guided burn-in.
 
-"Burn-in" means here what the paper calls by that name: the time before teacher and student learn from one another. First a teacher learns from
-the few labelled images alone. Then a fresh student, not a copy of it, learns from the same labels and, on unlabelled images, from the
-pseudo-labels of the teacher, which stays as it is. In most other papers burn-in is only the first of these.
+"Burn-in" means here what the paper calls by that name: the time before teacher and student learn from one
+another. First a teacher learns from the few labelled images alone. Then a fresh student, not a copy of it,
+learns from the same labels and, on unlabelled images, from the pseudo-labels of the teacher, which stays as
+it is. In most other papers burn-in is only the first of these.
 
-    python burnin.py --data shapes --ratio 0.1                                            # a laptop; writes runs/shapes-0.1/
-    torchrun --nproc_per_node=8 burnin.py --data coco --root /data/coco --ratio 0.01      # many GPUs
-    python burnin.py --data my_dataset --ratio 0.1 --teacher teacher.pt                   # with a teacher of one's own
+    python burnin.py --data shapes --ratio 0.1                       # a laptop; writes runs/shapes-0.1/
+    torchrun --nproc_per_node=8 burnin.py --data coco --ratio 0.01   # many GPUs
+    python burnin.py --data my_dataset --teacher teacher.pt          # with a teacher of one's own
 
-It writes teacher.pt, then burnin.pt; distill.py goes on from there.
-"""
+It writes teacher.pt, then burnin.pt; distill.py goes on from there."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -21,24 +21,33 @@ from torch import Tensor, nn
 import engine
 from data import View, Views, labelled_split, load_data, repeat_factors, seed_of, split_hash, stream
 from engine import Run, autocast, knob, say
-from evaluate import ap_line, evaluate
+from evaluate import ap_line, evaluate, load_model
 from matcher import SetCriterion
 from model import Mask2Former
 
 
 @dataclass
 class Config:
-    """Every number of the method. The defaults are the paper's on COCO with ResNet-50; PRESETS change them per data set, flags change both."""
+    """Every number of the method. The defaults are the paper's on COCO with ResNet-50; PRESETS change them
+    per data set, flags change both."""
 
     # data
-    data: str = knob("shapes", "shapes, coco, or a folder with instances_train.json, instances_val.json, images/")
+    data: str = knob(
+        "shapes", "shapes, coco, or a folder with instances_train.json, instances_val.json, images/"
+    )
     root: str = knob("", "where COCO lies, or where shapes is written; empty: a folder under datasets/")
-    preset: str = knob("", "values of another data set: shapes, coco or cityscapes; empty: those of --data, or coco")
+    preset: str = knob(
+        "", "values of another data set: shapes, coco or cityscapes; empty: those of --data, or coco"
+    )
     ratio: float = knob(0.1, "labelled share of the training images, in (0, 1]")
     out: str = knob("", "folder of checkpoints and logs; empty: runs/<data>-<ratio>")
     crop: tuple = knob((1024, 1024), "height and width of training crops, pixels, multiples of 32")
-    scale: tuple = knob((0.1, 2.0), "large-scale jitter: the image is resized to fit the crop times a factor of this range")
-    short_side: tuple = knob((), "instead of large-scale jitter: resize the shorter side to one of these, pixels")
+    scale: tuple = knob(
+        (0.1, 2.0), "large-scale jitter: the image is resized to fit the crop times a factor of this range"
+    )
+    short_side: tuple = knob(
+        (), "instead of large-scale jitter: resize the shorter side to one of these, pixels"
+    )
     colour: bool = knob(False, "photometric jitter of the weak view (the paper's Cityscapes recipe)")
     blur: tuple = knob((0.1, 2.0), "sigma of the strong view's Gaussian blur, pixels")
     test_short_side: int = knob(800, "shorter side at test time, pixels; 0 keeps images as they are")
@@ -46,7 +55,10 @@ class Config:
     workers: int = knob(4, "loader processes for each of the two streams; 0 loads in the training process")
 
     # model
-    backbone: str = knob("resnet50", "resnet50, resnet101, swin_t, swin_s, swin_b, swin_l, or any timm model with strides 4 to 32")
+    backbone: str = knob(
+        "resnet50",
+        "resnet50, resnet101, swin_t, swin_s, swin_b, swin_l, or any timm model with strides 4 to 32",
+    )
     pretrained: bool = knob(True, "start from timm's ImageNet weights (downloads them)")
     backbone_weights: str = knob("", "start from this file of timm's names instead")
     backbone_args: dict = knob(None, "further arguments of timm.create_model, as JSON")
@@ -65,18 +77,24 @@ class Config:
     weight_decay: float = knob(0.05, "AdamW's weight decay; none on norms, embeddings and position tables")
     backbone_lr_factor: float = knob(0.1, "the backbone learns at this times lr")
     clip: float = knob(0.01, "largest norm of the whole model's gradient; 0: no clipping")
-    schedule: str = knob("step", "learning rate over a run: poly (power 0.9), step (x 0.1 at 0.889 and 0.963 of it), cosine")
+    schedule: str = knob(
+        "step", "learning rate over a run: poly (power 0.9), step (x 0.1 at 0.889 and 0.963 of it), cosine"
+    )
     warmup: float = knob(0.0, "share of a run over which the learning rate rises from zero")
     batch: int = knob(16, "labelled images a step, and as many unlabelled ones, over all processes")
     num_points: int = knob(12544, "points on which masks are compared, in matching and losses")
     steps: tuple = knob((25_000, 25_000, 343_750), "of teacher burn-in, guided burn-in, distillation")
-    labels_only: bool = knob(False, "the control: the teacher's training alone, for the steps of all three phases")
+    labels_only: bool = knob(
+        False, "the control: the teacher's training alone, for the steps of all three phases"
+    )
 
     # guidance
     score_threshold: float = knob(0.7, "a pseudo-label's least class probability")
     min_area: int = knob(5, "a pseudo-label's mask is larger than this, pixels at stride 4")
     unsupervised_weight: float = knob(2.0, "weight of the loss on unlabelled images")
-    repeat_threshold: float = knob(10.0, "repeat-factor sampling of labelled images in phases 2 and 3; 0: uniform")
+    repeat_threshold: float = knob(
+        10.0, "repeat-factor sampling of labelled images in phases 2 and 3; 0: uniform"
+    )
     teacher: str = knob("", "checkpoint of a teacher of one's own; phase 1 is skipped")
 
     # bookkeeping
@@ -93,16 +111,15 @@ class Config:
             self.steps *= 3
         if len(self.steps) != 3 or min(self.steps) < 1:
             raise ValueError(f"--steps is one number or three, each at least 1, found {self.steps}")
-        if self.batch % engine.world_size():
-            raise ValueError(f"--batch {self.batch} does not divide by {engine.world_size()} processes")
         self.out = self.out or f"runs/{Path(self.data).name}-{self.ratio:g}"
 
 
 PRESETS = {
-    # Small enough for two CPU cores, from scratch. A short run needs a larger learning rate and so a looser clip than the paper's.
+    # Small enough for two CPU cores, and from scratch: a short run needs a larger learning rate, a looser
+    # clip and a faster EMA than the paper's.
     "shapes": dict(
         crop=(96, 96),
-        scale=(0.7, 1.4),
+        scale=(0.8, 1.25),
         blur=(0.1, 1.0),
         test_short_side=0,
         workers=0,
@@ -111,19 +128,19 @@ PRESETS = {
         backbone_args={"stem_type": "", "channels": [32, 64, 128, 128]},
         norm="group",
         num_queries=12,
-        hidden_dim=96,
-        encoder_layers=2,
-        encoder_ffn=192,
+        hidden_dim=64,
+        encoder_layers=1,
+        encoder_ffn=128,
         decoder_layers=3,
-        decoder_ffn=192,
+        decoder_ffn=128,
         lr=1e-3,
         backbone_lr_factor=1.0,
         clip=1.0,
         schedule="cosine",
         warmup=0.05,
         batch=8,
-        num_points=512,
-        steps=(700, 800, 800),
+        num_points=256,
+        steps=(500, 700, 1200),
         save_every=100,
     ),
     "coco": {},  # the defaults
@@ -140,17 +157,17 @@ PRESETS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------- the method
+# ------------------------------------------------------------------------------------------------ the method
 
 
 @torch.no_grad()
 def pseudo_labels(outputs: dict, score_threshold: float = 0.7, min_area: int = 5) -> list[dict]:
     """What the teacher is sure of, as targets (section 3.2). Hard labels; duplicates are not suppressed.
 
-    outputs: as `Mask2Former` returns them, (B, Q, K+1) and (B, Q, h, w). A query is kept when its most probable entry is a class with a probability
-    above score_threshold, and its mask has more than min_area pixels above 0.5 at stride 4.
-    Returns per image "labels" (N,) int64, "masks" (N, h, w) bool and "scores" (N,) in [0, 1].
-    """
+    outputs: as `Mask2Former` returns them, (B, Q, K+1) and (B, Q, h, w). A query is kept when its most
+    probable entry is a class with a probability above score_threshold, and its mask has more than min_area
+    pixels above 0.5 at stride 4.
+    Returns per image "labels" (N,) int64, "masks" (N, h, w) bool and "scores" (N,) in [0, 1]."""
     scores, labels = outputs["pred_logits"].float().softmax(-1).max(-1)  # (B, Q)
     masks = outputs["pred_masks"] > 0  # sigmoid above 0.5
     no_object = outputs["pred_logits"].shape[-1] - 1
@@ -168,9 +185,12 @@ def supervised_step(student: nn.Module, criterion: SetCriterion, labelled: list[
     return set_losses(criterion, outputs, to_device(labelled, device))
 
 
-def guided_step(student, teacher, criterion, labelled, unlabelled, cfg, device) -> tuple[dict, dict, list[dict]]:
-    """The losses of a step in phases 2 and 3: on labelled images against their labels, on unlabelled ones against the teacher's
-    pseudo-labels. The teacher sees the weak view, the student the strong view of the same crop. Returns both dictionaries and the pseudo-labels."""
+def guided_step(
+    student, teacher, criterion, labelled, unlabelled, cfg, device
+) -> tuple[dict, dict, list[dict]]:
+    """The losses of a step in phases 2 and 3: on labelled images against their labels, on unlabelled ones
+    against the teacher's pseudo-labels. The teacher sees the weak view, the student the strong view of the
+    same crop. Returns both dictionaries and the pseudo-labels."""
     with torch.no_grad(), autocast(device):
         guidance = teacher(images(unlabelled, "image", device))
     targets = pseudo_labels(guidance, cfg.score_threshold, cfg.min_area)
@@ -209,7 +229,7 @@ def to_device(batch: list[dict], device) -> list[dict]:
     return [{key: item[key].to(device, non_blocking=True) for key in ("labels", "masks")} for item in batch]
 
 
-# ----------------------------------------------------------------------------------------------- what it needs
+# --------------------------------------------------------------------------------------------- what it needs
 
 
 class Setting:
@@ -218,6 +238,8 @@ class Setting:
     def __init__(self, cfg: Config):
         self.cfg = cfg
         self.device = engine.start_processes(cfg.device)
+        if cfg.batch % engine.world_size():
+            raise ValueError(f"--batch {cfg.batch} does not divide by {engine.world_size()} processes")
         with engine.rank_zero_first():
             self.train, self.val = load_data(cfg.data, cfg.root or None)
             Path(cfg.out).mkdir(parents=True, exist_ok=True)
@@ -250,10 +272,12 @@ class Setting:
         """ImageNet backbone (or random), random decoders, drawn from (seed, name)."""
         torch.manual_seed(seed_of(self.cfg.seed, "model", name))
         weights = self.cfg.backbone_weights or None
-        return Mask2Former(**self.model_args, pretrained=self.cfg.pretrained, backbone_weights=weights).to(self.device)
+        model = Mask2Former(**self.model_args, pretrained=self.cfg.pretrained, backbone_weights=weights)
+        return model.to(self.device)
 
     def streams(self, phase: str, first_step: int, guided: bool):
-        """Endless batches of labelled and of unlabelled images. The unlabelled pool is every training image, the labelled ones too."""
+        """Endless batches of labelled and of unlabelled images. The unlabelled pool is every training
+        image, the labelled ones too."""
         cfg = self.cfg
         view = View(cfg.crop, cfg.scale, cfg.short_side, colour=cfg.colour, blur=cfg.blur)
         common = dict(
@@ -267,7 +291,11 @@ class Setting:
         if guided and cfg.repeat_threshold:
             repeats = repeat_factors(self.train, self.labelled, cfg.repeat_threshold)
         labelled = stream(
-            Views(self.train, view), self.labelled, seed=seed_of(cfg.seed, phase, "labelled"), repeats=repeats, **common
+            Views(self.train, view),
+            self.labelled,
+            seed=seed_of(cfg.seed, phase, "labelled"),
+            repeats=repeats,
+            **common,
         )
         if not guided:
             return labelled
@@ -289,18 +317,12 @@ class Setting:
         )
 
 
-def frozen_model(checkpoint: dict, which: str, device) -> Mask2Former:
-    """The student or the teacher of a checkpoint, for inference."""
-    model = Mask2Former(**checkpoint["model_args"])
-    model.load_state_dict(checkpoint[which])
-    return model.to(device).eval().requires_grad_(False)
-
-
-# ------------------------------------------------------------------------------------------------- the phases
+# ------------------------------------------------------------------------------------------------ the phases
 
 
 def burn_in_teacher(cfg: Config, setting: Setting, phase: str = "teacher") -> None:
-    """Phase 1: a model learns from the labelled images alone -> teacher.pt. With the steps of all phases it is the labels-only control."""
+    """Phase 1: a model learns from the labelled images alone -> teacher.pt. With the steps of all phases it
+    is the labels-only control."""
     steps = cfg.steps[0] if phase == "teacher" else sum(cfg.steps)
     device, student = setting.device, setting.fresh_model("teacher")
     run = Run(cfg, phase, student, device, steps, (0, steps), describe=setting.describe)
@@ -319,12 +341,10 @@ def burn_in_teacher(cfg: Config, setting: Setting, phase: str = "teacher") -> No
 
 def burn_in_student(cfg: Config, setting: Setting) -> None:
     """Phase 2: a fresh student learns from the labels and from the frozen teacher -> burnin.pt."""
-    first, length = 0, cfg.steps[1] + cfg.steps[2]  # phases 2 and 3 share one learning-rate schedule
+    schedule = 0, cfg.steps[1] + cfg.steps[2]  # phases 2 and 3 share one learning-rate schedule
     device, student = setting.device, setting.fresh_model("student")
-    teacher = frozen_model(load_teacher(cfg, setting), "student", device)
-    run = Run(
-        cfg, "burnin", student, device, cfg.steps[1], (first, length), teacher=teacher, describe=setting.describe
-    )
+    teacher = load_model(load_teacher(cfg, setting), "student", device)
+    run = Run(cfg, "burnin", student, device, cfg.steps[1], schedule, teacher, describe=setting.describe)
     labelled, unlabelled = setting.streams("burnin", run.first_step, guided=True)
 
     for step in run:
@@ -341,11 +361,11 @@ def burn_in_student(cfg: Config, setting: Setting) -> None:
 
 
 def load_teacher(cfg, setting) -> dict:
+    """The teacher of phase 2: that of phase 1, or one's own, which may be any model that knows the classes."""
     checkpoint = engine.load_checkpoint(cfg.teacher or Path(cfg.out) / "teacher.pt")
     if checkpoint["class_names"] != setting.train.class_names:
-        raise ValueError(
-            f"the teacher knows {checkpoint['class_names']}, the data has {setting.train.class_names}"
-        )
+        names = setting.train.class_names
+        raise ValueError(f"the teacher knows the classes {checkpoint['class_names']}, the data has {names}")
     return checkpoint
 
 
@@ -375,8 +395,31 @@ def finish(run, ap, **more) -> None:
     say(f"{run.phase} done  {ap_line(ap)}  -> {run.out / (run.phase + '.pt')}")
 
 
+BOOKKEEPING = {
+    "root",
+    "out",
+    "preset",
+    "workers",
+    "device",
+    "log_every",
+    "save_every",
+    "eval_every",
+    "labels_only",
+}
+
+
 def done(cfg, phase: str) -> bool:
-    return (Path(cfg.out) / f"{phase}.pt").exists()
+    """Whether out/<phase>.pt is there. Raises ValueError if it, or what is left of a run cut short, was made
+    with other settings."""
+    final = Path(cfg.out) / f"{phase}.pt"
+    for path in (final, final.with_suffix(".partial.pt")):
+        if path.exists():
+            before, now = engine.load_checkpoint(path)["config"], asdict(cfg)
+            other = [f"{k} {before[k]!r}, now {now[k]!r}" for k in now if before.get(k, now[k]) != now[k]]
+            other = [words for words in other if words.split()[0] not in BOOKKEEPING]
+            if other:
+                raise ValueError(f"{path} was made with other settings ({other[0]}); choose another --out")
+    return final.exists()
 
 
 def main(cfg: Config, setting: Setting) -> None:
@@ -397,4 +440,6 @@ if __name__ == "__main__":
     with engine.user_errors():
         cfg = engine.parse_config(Config, PRESETS, description=__doc__)
         setting = Setting(cfg)
+        for phase in ("teacher", "burnin"):
+            done(cfg, phase)
     main(cfg, setting)

@@ -1,17 +1,18 @@
-"""Every dataset as COCO JSON: reading, the split into labelled and unlabelled images, weak and strong views, and endless streams of batches.
+"""Every dataset as COCO JSON: reading, the split into labelled and unlabelled images, weak and strong
+views, and endless streams of batches.
 
-    train, val = load_data("shapes")                             # or "coco", or a folder: instances_train.json, instances_val.json, images/
+    train, val = load_data("shapes")                         # or "coco", or the folder of a dataset
     labelled = labelled_split(train.image_ids, ratio=0.1, seed=0)
-    loader = stream(Views(train, View(crop=(96, 96))), labelled, batch=8, seed=seed_of(0, "labelled"))
-    batch = next(loader)                                         # [{"image": ..., "labels": ..., "masks": ...}] * 8
+    batches = stream(Views(train, View(crop=(96, 96))), labelled, batch=8, seed=seed_of(0, "labelled"))
+    batch = next(batches)                                    # [{"image", "labels", "masks"}] * 8
 
-Nothing here draws from a global random generator: the view of an image is a function of the stream's seed and the position in the stream, so
-neither the number of workers nor a restart changes it. This file needs torch, torchvision, numpy, Pillow and pycocotools and can be
-copied out alone.
+Nothing here draws from a global random generator: the view of an image is a function of the stream's seed
+and the position in the stream, so neither the number of workers nor a restart changes it. This file needs
+torch, torchvision, numpy, Pillow and pycocotools and can be copied out alone.
 
-Letters in shapes: N objects of one image, H W pixels.
-"""
+Letters in shapes: N objects of one image, H W pixels."""
 
+import colorsys
 import hashlib
 import itertools
 import json
@@ -31,20 +32,20 @@ GREY = 128  # what lies outside an image within a crop
 
 
 def seed_of(*key) -> int:
-    """A 63-bit seed from any plain values: the same on every machine, in every process, in any order of calls."""
+    """A 63-bit seed from any plain values: the same on every machine, in every process, in any order of
+    calls."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
-# ------------------------------------------------------------------------------------------------------ reading
+# --------------------------------------------------------------------------------------------------- reading
 
 
 class CocoDataset:
     """Images and instance masks of one COCO JSON file.
 
-    image_ids: ascending. class_names, category_ids: label k is the k-th category in the order of ids, which may have gaps.
-    Images without annotations are images like any other. Crowd regions are kept apart: they are no training targets.
-    Raises ValueError for a file that is missing or not of this form.
-    """
+    image_ids: ascending. class_names, category_ids: label k is the k-th category in the order of ids, which
+    may have gaps. Images without annotations are images like any other. Crowd regions are kept apart: they
+    are no training targets. Raises ValueError for a file that is missing or not of this form."""
 
     def __init__(self, json_file, image_folder):
         self.json_file, self.image_folder = Path(json_file), Path(image_folder)
@@ -65,7 +66,9 @@ class CocoDataset:
         self.label_of = {category_id: label for label, category_id in enumerate(self.category_ids)}
         missing = [image["file_name"] for image in self.images.values() if not self.path(image).is_file()]
         if missing:
-            raise ValueError(f"{len(missing)} images of {json_file} are not in {image_folder}: {missing[0]!r}")
+            raise ValueError(
+                f"{len(missing)} images of {json_file} are not in {image_folder}: {missing[0]!r}"
+            )
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -99,8 +102,8 @@ def to_rle(segmentation, height: int, width: int) -> dict:
 
 
 def load_data(data: str, root: str | None = None) -> tuple[CocoDataset, CocoDataset]:
-    """The training and the validation set of `data`: "shapes", "coco", or the path of a folder. root: where COCO lies, or where shapes is
-    written (default: datasets). Raises ValueError for anything else."""
+    """The training and the validation set of `data`: "shapes", "coco", or the path of a folder. root: where
+    COCO lies, or where shapes is written (default: datasets). Raises ValueError for anything else."""
     if data == "shapes":
         folder = Path(root or "datasets") / "shapes"
         if not folder.exists():
@@ -115,11 +118,14 @@ def load_data(data: str, root: str | None = None) -> tuple[CocoDataset, CocoData
         folder = Path(data)
         if not folder.is_dir():
             raise ValueError(f"--data {data!r} is neither shapes, coco nor a folder that exists")
-    return tuple(CocoDataset(folder / f"instances_{part}.json", folder / "images") for part in ("train", "val"))
+    return tuple(
+        CocoDataset(folder / f"instances_{part}.json", folder / "images") for part in ("train", "val")
+    )
 
 
 def labelled_split(image_ids, ratio: float, seed: int) -> list:
-    """The labelled share of a training set, a function of (seed, ratio, image ids) alone: 1 % lies within 2 % within 5 %."""
+    """The labelled share of a training set, a function of (seed, ratio, image ids) alone and nested: the
+    images of 1 % are among those of 2 %."""
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio {ratio} must be in (0, 1]: 0.05 is 5 %")
     order = sorted(image_ids, key=lambda image_id: seed_of(seed, "split", image_id))
@@ -131,17 +137,19 @@ def split_hash(image_ids) -> str:
     return hashlib.sha256(repr(sorted(image_ids)).encode()).hexdigest()[:8]
 
 
-# -------------------------------------------------------------------------------------------------------- views
+# ----------------------------------------------------------------------------------------------------- views
 
 
 @dataclass(frozen=True)
 class View:
-    """How a training crop is taken: large-scale jitter (Ghiasi et al., CVPR 2021, arXiv 2012.07177), or a shortest side, then crop and flip.
+    """How a training crop is taken: large-scale jitter (Ghiasi et al., CVPR 2021, arXiv 2012.07177), or a
+    shortest side, then crop and flip.
 
-    crop: (H, W) of the result, multiples of 32. scale: the image is first resized to fit the crop times a factor drawn from
-    this range. short_side: instead, it is resized so that its shorter side is one of these lengths. flip: mirror half of the images.
-    colour: a photometric jitter of the weak view, as in SSD (arXiv 1512.02325, section 3.6). blur: sigmas of the strong view, in pixels.
-    """
+    crop: (H, W) of the result, multiples of 32. scale: the image is first resized to fit the crop times a
+    factor drawn from this range. short_side: instead, it is resized so that its shorter side is one of
+    these lengths. flip: mirror half of the images.
+    colour: a photometric jitter of the weak view, as in SSD (arXiv 1512.02325, section 3.6). blur: sigmas
+    of the strong view, in pixels."""
 
     crop: tuple[int, int]
     scale: tuple[float, float] = (0.1, 2.0)
@@ -153,8 +161,8 @@ class View:
 
 @dataclass(frozen=True)
 class Geometry:
-    """One way to cut a crop: the image (H, W) is resized to `resized`, the window at (top, left) of size `window` is cut out, mirrored if
-    `flip`, and laid into the upper left corner of `crop`."""
+    """One way to cut a crop: the image (H, W) is resized to `resized`, the window at (top, left) of size
+    `window` is cut out, mirrored if `flip`, and laid into the upper left corner of `crop`."""
 
     resized: tuple[int, int]
     top: int
@@ -204,8 +212,9 @@ class Geometry:
 
 
 def strong_view(image: Image.Image, rng: np.random.Generator, blur=(0.1, 2.0)) -> Image.Image:
-    """Colour jitter, grey, blur: nothing that moves a pixel, so that masks of the weak view fit. As in SimCLR (arXiv 2002.05709, appendix A)
-    with the strengths of the paper: (.4, .4, .4, .1) with p .8, grey with p .2, blur with p .5."""
+    """Colour jitter, grey, blur: nothing that moves a pixel, so that masks of the weak view fit. As in
+    SimCLR (arXiv 2002.05709, appendix A) with the strengths of the paper: (.4, .4, .4, .1) with p .8, grey
+    with p .2, blur with p .5."""
     if rng.random() < 0.8:
         image = colour_jitter(image, rng, 0.4, 0.4, 0.4, 0.1)
     if rng.random() < 0.2:
@@ -232,8 +241,8 @@ def colour_jitter(image, rng, brightness, contrast, saturation, hue):
 class Views(Dataset):
     """Training views of a dataset. Asked for (image_id, seed) it gives {"image": (3, H, W) uint8} and
 
-    "strong": (3, H, W) uint8, the strong view of the same crop, if `strong`;
-    "labels" (N,) int64 and "masks" (N, H, W) bool, if `labels`; objects that are not visible in the crop are left out.
+    - if `strong`: "strong" (3, H, W) uint8, the strong view of the same crop;
+    - if `labels`: "labels" (N,) int64 and "masks" (N, H, W) bool, of the objects visible in the crop.
     """
 
     def __init__(self, dataset: CocoDataset, view: View, *, labels: bool = True, strong: bool = False):
@@ -267,12 +276,24 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-# ------------------------------------------------------------------------------------------------------ streams
+# --------------------------------------------------------------------------------------------------- streams
 
 
-def stream(views: Dataset, image_ids, batch: int, seed: int, *, rank=0, world_size=1, workers=0, first_step=0, **sampling):
-    """An endless iterator over batches, each a list of `batch` items of `views`. With several processes each takes its own part of
-    a common batch. first_step: where to go on. sampling: arguments of `StepSampler`."""
+def stream(
+    views: Dataset,
+    image_ids,
+    batch: int,
+    seed: int,
+    *,
+    rank=0,
+    world_size=1,
+    workers=0,
+    first_step=0,
+    **sampling,
+):
+    """An endless iterator over batches, each a list of `batch` items of `views`. With several processes
+    each takes its own part of a common batch. first_step: where to go on. sampling: arguments of
+    `StepSampler`."""
     sampler = StepSampler(image_ids, batch, seed, rank, world_size, first_step, **sampling)
     return iter(
         DataLoader(
@@ -288,10 +309,10 @@ def stream(views: Dataset, image_ids, batch: int, seed: int, *, rank=0, world_si
 class StepSampler:
     """Yields for step after step the (image_id, seed) of a batch, without end.
 
-    The stream is a row of epochs, each a permutation of the images in which image i stands repeats[i] times on average. Position p of the
-    stream is a function of (seed, p), and step s of all processes together takes the positions s * G to (s + 1) * G - 1, where
-    G = batch * world_size; so two processes with half the batch see what one process sees.
-    """
+    The stream is a row of epochs, each a permutation of the images in which image i stands repeats[i] times
+    on average. Position p of the stream is a function of (seed, p), and step s of all processes together
+    takes the positions s * G to (s + 1) * G - 1, where G = batch * world_size; so two processes with half
+    the batch see what one process sees."""
 
     def __init__(self, image_ids, batch, seed, rank=0, world_size=1, first_step=0, repeats=None):
         if not len(image_ids):
@@ -304,7 +325,8 @@ class StepSampler:
         self.bounds = np.cumsum(repeats) * (self.epoch_length / repeats.sum())
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Indices into image_ids: systematic sampling rounds every image's repeats up or down at random, but their sum never changes."""
+        """Indices into image_ids: systematic sampling rounds every image's repeats up or down at random,
+        but their sum never changes."""
         rng = np.random.default_rng(seed_of(self.seed, "epoch", epoch))
         counts = np.diff(np.floor(self.bounds + rng.random() * (1 - 1e-6)), prepend=0).astype(int)
         counts[-1] += self.epoch_length - counts.sum()
@@ -324,8 +346,9 @@ class StepSampler:
 
 
 def repeat_factors(dataset: CocoDataset, image_ids, threshold: float) -> list[float]:
-    """Repeat-factor sampling (LVIS, Gupta et al., CVPR 2019, arXiv 1908.03195, section 4): how often each image should be seen so that
-    rare classes count for more: the largest max(1, sqrt(threshold / share of images with the class)) of its classes."""
+    """Repeat-factor sampling (LVIS, Gupta et al., CVPR 2019, arXiv 1908.03195, section 4): how often each
+    image should be seen so that rare classes count for more: the largest max(1, sqrt(threshold / share of
+    images with the class)) of its classes."""
     classes = [set(dataset.labels(image_id)) for image_id in image_ids]
     counts = np.bincount([label for labels in classes for label in labels], minlength=1)
     factors = np.sqrt(threshold * len(image_ids) / np.maximum(counts, 1)).clip(min=1)
@@ -333,20 +356,22 @@ def repeat_factors(dataset: CocoDataset, image_ids, threshold: float) -> list[fl
 
 
 def test_size(H: int, W: int, short_side: int = 800, long_side: int = 1333) -> tuple[int, int]:
-    """(H, W) of an image at test time: the shorter side becomes short_side unless the longer one would pass long_side. 0 keeps the size."""
+    """(H, W) of an image at test time: the shorter side becomes short_side unless the longer one would pass
+    long_side. 0 keeps the size."""
     if not short_side:
         return H, W
     factor = min(short_side / min(H, W), long_side / max(H, W))
     return round(H * factor), round(W * factor)
 
 
-# ------------------------------------------------------------------------------------------------------- shapes
+# ---------------------------------------------------------------------------------------------------- shapes
 
 SHAPES = ("circle", "square", "triangle", "star")
 
 
 def write_shapes(folder, num_train=1000, num_val=200, size=96, seed=0) -> None:
-    """Writes the generated dataset: textured shapes that occlude one another on cluttered backgrounds, as PNGs and COCO JSON with RLE masks."""
+    """Writes the generated dataset: textured shapes that occlude one another on cluttered backgrounds, as
+    PNGs and COCO JSON with RLE masks."""
     folder = Path(folder)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     (temporary / "images").mkdir(parents=True)
@@ -378,18 +403,18 @@ def write_shapes(folder, num_train=1000, num_val=200, size=96, seed=0) -> None:
 
 def draw_shapes(size: int, rng: np.random.Generator):
     """One image (size, size, 3) uint8 and its objects [(label, visible mask)], from back to front."""
-    pixels = _texture(size, rng)
-    for _ in range(rng.integers(4, 9)):  # clutter: thin lines of any colour, which belong to nothing
-        mask = _polygon_mask(_line(size, rng), size)
-        pixels[mask] = rng.uniform(0, 255, 3)
+    pixels = _texture(size, rng, [_colour(rng, rng.random(), (0, 0.5)) for _ in range(2)])
+    for _ in range(rng.integers(2, 6)):  # clutter: thin lines of any colour, which belong to nothing
+        pixels[_polygon_mask(_line(size, rng), size)] = _colour(rng, rng.random())
     objects = []
-    for _ in range(rng.integers(2, 6)):
-        label, radius = int(rng.integers(len(SHAPES))), size * rng.uniform(0.11, 0.24)
+    for _ in range(rng.integers(2, 5)):
+        label, radius = int(rng.integers(len(SHAPES))), size * rng.uniform(0.13, 0.26)
         centre = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
         mask = _polygon_mask(_outline(label, centre, radius, rng.uniform(0, 2 * math.pi)), size)
         if any((mask & other).sum() > 0.4 * min(mask.sum(), other.sum()) for _, other in objects):
             continue
-        pixels = np.where(mask[..., None], _texture(size, rng), pixels)
+        hue = label / len(SHAPES) + rng.normal(0, 0.06)
+        pixels = np.where(mask[..., None], _texture(size, rng, [_colour(rng, hue) for _ in range(2)]), pixels)
         objects = [(other_label, other & ~mask) for other_label, other in objects] + [(label, mask)]
     pixels = pixels + rng.normal(0, 6, pixels.shape)
     objects = [(label, mask) for label, mask in objects if mask.sum() >= 30]
@@ -422,21 +447,19 @@ def _polygon_mask(corners, size, oversample=4):
     return np.asarray(image.resize((size, size), Image.Resampling.BOX)) >= 128
 
 
-def _texture(size, rng):
-    """(size, size, 3) float: two colours in stripes, checks, blots or a gradient."""
-    first, second = rng.uniform(20, 235, (2, 3))
-    second = first + (second - first) * rng.uniform(0.3, 0.8)
+def _colour(rng, hue, saturation=(0.4, 1.0)):
+    """(3,) in 0..255"""
+    return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(*saturation), rng.uniform(0.3, 1.0)))
+
+
+def _texture(size, rng, colours):
+    """(size, size, 3) float: two colours in stripes, checks, dots, blots or a gradient."""
     y, x = np.mgrid[:size, :size]
-    angle, period = rng.uniform(0, math.pi), size * rng.uniform(0.06, 0.2)
-    u, v = (x * math.cos(angle) + y * math.sin(angle)), (y * math.cos(angle) - x * math.sin(angle))
-    kind = rng.integers(4)
-    if kind == 0:
-        mix = np.sin(2 * math.pi * u / period) > 0
-    elif kind == 1:
-        mix = (np.sin(2 * math.pi * u / period) * np.sin(2 * math.pi * v / period)) > 0
-    elif kind == 2:
-        coarse = rng.uniform(0, 255, (6, 6)).astype(np.uint8)
-        mix = np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)) / 255
-    else:
-        mix = (u - u.min()) / (u.max() - u.min())
-    return first + (second - first) * mix[..., None]
+    angle, period = rng.uniform(0, math.pi), size * rng.uniform(0.06, 0.15)
+    u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    a, b = np.sin(2 * math.pi * u / period), np.sin(2 * math.pi * v / period)
+    coarse = Image.fromarray(rng.uniform(0, 255, (5, 5)).astype(np.uint8))
+    blots = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)) / 255
+    gradient = (u - u.min()) / (u.max() - u.min())
+    mix = (a > 0, a * b > 0, a + b > 0.9, blots, gradient)[rng.integers(5)]
+    return colours[0] + (colours[1] - colours[0]) * mix[..., None]

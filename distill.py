@@ -1,14 +1,16 @@
-"""Guided Distillation (Berrada et al., WACV 2024, arXiv 2308.02668), whole: phase 3, distillation, after whatever of phases 1 and 2 is missing.
+"""Guided Distillation (Berrada et al., WACV 2024, arXiv 2308.02668), whole: phase 3, distillation, after
+whatever of phases 1 and 2 is missing.
 
-In distillation the teacher begins as a copy of the student and follows it by an exponential moving average, while the student goes on
-learning from the labels and from the teacher's pseudo-labels: it is the guided step of burnin.py with a teacher that follows the student.
+In distillation the teacher begins as a copy of the student and follows it by an exponential moving average,
+while the student goes on learning from the labels and from the teacher's pseudo-labels: it is the guided
+step of burnin.py with a teacher that follows the student.
 
-    python distill.py --data shapes --ratio 0.1                                           # a laptop, about ten minutes
-    torchrun --nproc_per_node=8 distill.py --data coco --root /data/coco --ratio 0.01     # many GPUs
-    python distill.py --data my_dataset --ratio 0.1                                       # a folder in COCO form
+    python distill.py --data shapes --ratio 0.1                        # a laptop, about ten minutes
+    torchrun --nproc_per_node=8 distill.py --data coco --ratio 0.01    # many GPUs
+    python distill.py --data my_dataset --ratio 0.1                    # a folder in COCO form
 
-It writes teacher.pt, burnin.pt, distill.pt and a picture into runs/<data>-<ratio>/; the same command goes on where it was stopped.
-"""
+It writes teacher.pt, burnin.pt, distill.pt and a picture into runs/<data>-<ratio>/; the same command goes
+on where it was stopped."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ import burnin
 import engine
 from burnin import Setting, guided_step
 from engine import Run, knob, say
-from evaluate import ap_line, ap_table, compare
+from evaluate import ap_line, ap_table, compare, load_model
 
 
 @dataclass
@@ -39,7 +41,8 @@ PRESETS = {
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
-    """teacher = decay * teacher + (1 - decay) * student, for parameters and buffers; whole numbers are copied (section 3.3)."""
+    """teacher = decay * teacher + (1 - decay) * student, for parameters and buffers; whole numbers are
+    copied (section 3.3)."""
     pairs = list(zip(teacher.state_dict().values(), student.state_dict().values(), strict=True))
     floats = [(t, s) for t, s in pairs if t.is_floating_point()]
     torch._foreach_lerp_([t for t, _ in floats], [s for _, s in floats], 1 - decay)
@@ -52,19 +55,11 @@ def distill(cfg: Config, setting: Setting) -> None:
     """Phase 3 -> distill.pt"""
     device = setting.device
     start = engine.load_checkpoint(Path(cfg.out) / "burnin.pt")
-    student, teacher = setting.fresh_model("student"), burnin.frozen_model(start, "student", device)
+    student, teacher = setting.fresh_model("student"), load_model(start, "student", device)
     student.load_state_dict(start["student"])
     schedule = cfg.steps[1], cfg.steps[1] + cfg.steps[2]  # goes on where phase 2 ended
     run = Run(
-        cfg,
-        "distill",
-        student,
-        device,
-        cfg.steps[2],
-        schedule,
-        teacher=teacher,
-        optimizer_state=start["optimizer"],
-        describe=setting.describe,
+        cfg, "distill", student, device, cfg.steps[2], schedule, teacher, start["optimizer"], setting.describe
     )
     labelled, unlabelled = setting.streams("distill", run.first_step, guided=True)
 
@@ -92,14 +87,20 @@ def summary(cfg: Config, setting: Setting) -> None:
     columns = {"teacher": load(cfg.teacher or out / "teacher.pt")["ap"]}
     if burnin.done(cfg, "labels_only"):
         columns["labels only"] = load(out / "labels_only.pt")["ap"]
-    columns |= {"burnt-in": load(out / "burnin.pt")["ap"], "student": last["ap"], "EMA teacher": last["teacher_ap"]}
-    say(f"\nmask AP on {len(setting.val)} validation images, {len(setting.labelled)} labelled training images\n")
+    columns |= {
+        "burnt-in": load(out / "burnin.pt")["ap"],
+        "student": last["ap"],
+        "EMA teacher": last["teacher_ap"],
+    }
+    say(
+        f"\nmask AP on {len(setting.val)} images, after training with {len(setting.labelled)} labelled ones\n"
+    )
     say(ap_table(columns))
     if engine.rank() == 0:
         first = load(cfg.teacher or out / "teacher.pt")
         models = {
-            "teacher": burnin.frozen_model(first, "student", setting.device),
-            "student": burnin.frozen_model(last, "student", setting.device),
+            "teacher": load_model(first, "student", setting.device),
+            "student": load_model(last, "student", setting.device),
         }
         compare(
             models,
@@ -115,6 +116,8 @@ def summary(cfg: Config, setting: Setting) -> None:
 def main(cfg: Config) -> None:
     with engine.user_errors():
         setting = Setting(cfg)
+        for phase in ("teacher", "burnin", "distill", "labels_only"):
+            burnin.done(cfg, phase)
     burnin.main(cfg, setting)
     if cfg.labels_only:
         return

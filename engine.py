@@ -1,7 +1,7 @@
 """What every phase shares and no phase is about: flags, processes, optimiser, schedule, checkpoints, logs.
 
-Runs alike in one process (`python script.py`) and in many (`torchrun --nproc_per_node=8 script.py`). This file knows nothing of the method.
-"""
+Runs alike in one process (`python script.py`) and in many (`torchrun --nproc_per_node=8 script.py`). This
+file knows nothing of the method."""
 
 import argparse
 import contextlib
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 FORMAT = 1  # of a checkpoint
 
-# -------------------------------------------------------------------------------------------------------- flags
+# ----------------------------------------------------------------------------------------------------- flags
 
 
 def knob(default, help: str):
@@ -30,24 +30,29 @@ def knob(default, help: str):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def __init__(self, description):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter)
+
     def error(self, message):
-        for unknown in (word for word in message.split() if word.startswith("--")):
-            near = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions)
-            if message.startswith("unrecognized") and near:
-                message += f"; did you mean {near[0]}?"
-                break
         if message.startswith("unrecognized"):
-            message += f" Valid flags: {' '.join(f for f in self._option_string_actions if f[:2] == '--')}"
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            near = difflib.get_close_matches(message.split()[2].split("=")[0], flags, n=1)
+            message += f"; did you mean {near[0]}?" if near else "."
+            message += f" Valid flags: {' '.join(flags)}"
         refuse(message)
 
 
 def parse_config(config_class, presets: dict, argv=None, description=None):
-    """A config_class from its defaults, then the preset, then the flags. Every field is a flag; presets name values of fields.
+    """A config_class from its defaults, then the preset, then the flags. Every field is a flag; presets
+    name values of fields.
 
     The preset is the one that --preset names, or that of the data set, or "coco" for a folder of one's own.
     """
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for name, field in fields.items():
         kind = _values if isinstance(field.default, tuple) else type(field.default)
@@ -86,20 +91,23 @@ def refuse(message) -> None:
 
 @contextlib.contextmanager
 def user_errors():
-    """Around what reads a user's flags and files: a ValueError or OSError there is theirs to put right, not a bug."""
+    """Around what reads a user's flags and files: a ValueError or OSError there is theirs to put right, not
+    a bug."""
     try:
         yield
     except (ValueError, OSError) as error:
         refuse(error)
 
 
-# ---------------------------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------------------------------- processes
 
 
 def start_processes(device: str = "") -> torch.device:
-    """Joins the processes of torchrun, if any, and returns this process's device. device: "cuda", "mps", "cpu", or "" for the best there is."""
+    """Joins the processes of torchrun, if any, and returns this process's device. device: "cuda", "mps",
+    "cpu", or "" for the best there is."""
     if not device:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     device = torch.device(device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -135,18 +143,18 @@ def rank_zero_first():
         dist.barrier()
 
 
-def say(*words) -> None:
+def say(*words, sep=" ") -> None:
     """Prints on rank 0."""
     if rank() == 0:
-        print(*words, flush=True)
+        print(*words, sep=sep, flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------------------------- training
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float, backbone_lr_factor: float):
-    """AdamW with the parameter groups of Mask2Former: the backbone learns at lr * backbone_lr_factor; norms, embeddings and position tables
-    do not decay."""
+    """AdamW with the parameter groups of Mask2Former: the backbone learns at lr * backbone_lr_factor;
+    norms, embeddings and position tables do not decay."""
     no_decay = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Embedding)
     groups = {}
     for module_name, module in model.named_modules():
@@ -169,8 +177,8 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float, backbone_lr
 def lr_factor(schedule: str, progress: float, warmup: float = 0.0, drops=(0.8889, 0.963)) -> float:
     """What the learning rate is multiplied by after the share `progress` in [0, 1] of a run.
 
-    "poly": (1 - progress) ** 0.9. "step": times 0.1 at each of `drops`. "cosine": half a cosine. All rise linearly over `warmup` first.
-    """
+    "poly": (1 - progress) ** 0.9. "step": times 0.1 at each of `drops`. "cosine": half a cosine. All rise
+    linearly over `warmup` first."""
     if progress < warmup:
         return max(progress, 1e-3) / warmup
     if schedule == "poly":
@@ -184,20 +192,26 @@ def lr_factor(schedule: str, progress: float, warmup: float = 0.0, drops=(0.8889
 
 def autocast(device: torch.device):
     """bfloat16 where the device does it well, else fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported())
+    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
 
 
 class Run:
-    """One phase of training: `for step in run:` sets seed and learning rate before the body, and logs and saves after it. In the body,
-    `run.update(loss)` makes the optimiser's step; `run.log(name=value)` adds to the log line.
+    """One phase of training: `for step in run:` sets seed and learning rate before the body, and logs and
+    saves after it. In the body, `run.update(loss)` makes the optimiser's step; `run.log(name=value)` adds
+    to the log line.
 
-    phase: its name, and that of its checkpoint, out/<phase>.pt; while it lasts, out/<phase>.partial.pt holds all that is needed to go on.
-    student: a raw model; run.student is what to call, run.model the raw one. teacher: a raw model that is saved along, or None.
-    steps: of this phase. schedule: (first, length): where this phase begins in a learning-rate schedule, and that schedule's length.
-    describe: plain values that are written into every checkpoint.
-    """
+    phase: its name, and that of its checkpoint, out/<phase>.pt; while it lasts, out/<phase>.partial.pt
+    holds all that is needed to go on.
+    student: a raw model; run.student is what to call, run.model the raw one. teacher: a raw model that is
+    saved along, or None.
+    steps: of this phase. schedule: (first, length): where this phase begins in a learning-rate schedule,
+    and that schedule's length.
+    describe: plain values that are written into every checkpoint."""
 
-    def __init__(self, cfg, phase, student, device, steps, schedule, teacher=None, optimizer_state=None, describe=None):
+    def __init__(
+        self, cfg, phase, student, device, steps, schedule, teacher=None, optimizer_state=None, describe=None
+    ):
         self.cfg, self.phase, self.device, self.steps, self.schedule = cfg, phase, device, steps, schedule
         self.model, self.teacher, self.describe = student, teacher, describe or {}
         self.out = Path(cfg.out)
@@ -218,7 +232,7 @@ class Run:
         if world_size() > 1:
             if any(isinstance(module, nn.BatchNorm2d) for module in student.modules()):
                 if device.type != "cuda":
-                    raise ValueError("norm batch with several processes needs GPUs; use --norm group or frozen")
+                    raise ValueError("--norm batch with several processes needs GPUs; take group or frozen")
                 self.model = nn.SyncBatchNorm.convert_sync_batchnorm(student)
             ids = [device.index] if device.type == "cuda" else None
             self.student = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
@@ -249,7 +263,7 @@ class Run:
             if stop or (done % self.cfg.save_every == 0 and done < self.steps):
                 self.save(self.partial, done)
             if stop:
-                say(f"{self.phase}: stopped by signal {stop} and saved at step {done}; the same command goes on from here")
+                say(f"{self.phase}: stopped at step {done} and saved; the same command goes on from here")
                 sys.exit(128 + stop)
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -265,20 +279,23 @@ class Run:
     def log(self, **values) -> None:
         """Adds values to be averaged in the next log line."""
         for name, value in values.items():
-            self.values[name] = self.values.get(name, 0.0) + (value.detach() if isinstance(value, Tensor) else value)
+            value = value.detach() if isinstance(value, Tensor) else value
+            self.values[name] = self.values.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def _write(self, step, seconds, left):
         names = list(self.values)
-        means = torch.tensor([float(self.values[name]) / self.counts[name] for name in names], device=self.device)
-        means = dict(zip(names, mean_over_processes(means).tolist()))
+        means = [float(self.values[name]) / self.counts[name] for name in names]
+        means = mean_over_processes(torch.tensor(means, device=self.device)).tolist()
+        means = dict(zip(names, means))
         self.values, self.counts = {}, {}
-        lr = self.optimizer.param_groups[-1]["initial_lr"] and max(g["lr"] for g in self.optimizer.param_groups)
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
         images = means.pop("images", 0) * world_size() / seconds
         record = {"phase": self.phase, "step": step, **means, "lr": lr, "images_per_second": images}
         self.record(**record)
-        losses = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-        say(f"{self.phase} {step}/{self.steps}  {losses}  lr {lr:.1e}  {images:.0f} images/s  {duration(left)} left")
+        words = [f"{name} {value:.3f}" for name, value in means.items()]
+        words += [f"lr {lr:.1e}", f"{images:.0f} images/s", f"{duration(left)} left"]
+        say(f"{self.phase} {step}/{self.steps}", *words, sep="  ")
 
     def record(self, **values) -> None:
         """A line of out/metrics.jsonl."""
@@ -330,7 +347,7 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
 
 
-# -------------------------------------------------------------------------------------------------- checkpoints
+# ----------------------------------------------------------------------------------------------- checkpoints
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -344,7 +361,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(path) -> dict:
-    """A checkpoint on the CPU; plain types only, nothing in it is executed. Raises ValueError for a file that is not one of ours."""
+    """A checkpoint on the CPU; plain types only, nothing in it is executed. Raises ValueError for a file
+    that is not one of ours."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

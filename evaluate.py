@@ -1,17 +1,15 @@
 """Evaluation: mask AP of a checkpoint's student and teacher, and pictures of what they predict.
 
-    python evaluate.py runs/shapes-0.1/distill.pt --data shapes                  # AP, by size and by class, side by side
-    python evaluate.py runs/coco-0.01/distill.pt --data coco --json ap.json      # the same into a file
+    python evaluate.py runs/shapes-0.1/distill.pt --data shapes                # AP by size and by class
+    python evaluate.py runs/coco-0.01/distill.pt --data coco --json ap.json    # the same into a file
     torchrun --nproc_per_node=8 evaluate.py runs/coco-0.01/distill.pt --data coco
 
-Letters in shapes: B images, Q queries, K classes, N detections of one image, H W pixels, h w = a quarter of the padded image's.
-"""
+Letters in shapes: B images, Q queries, K classes, N detections of one image, H W pixels, h w = a quarter of
+the padded image's."""
 
-import argparse
 import contextlib
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +28,13 @@ from model import Mask2Former
 
 
 def instances(outputs: dict, image_sizes, output_sizes=None, top_k: int = 100) -> list[dict]:
-    """What the model sees in each image (Mask2Former, appendix): the top_k pairs of query and class by class probability.
+    """What the model sees in each image (Mask2Former, appendix): the top_k pairs of query and class by
+    class probability.
 
-    outputs: as `Mask2Former` returns them. image_sizes: [(H, W)] of the images before padding. output_sizes: [(H, W)] of the masks
-    wanted, default image_sizes.
-    Returns per image, best first: "scores" (N,), class probability times mean mask probability inside the mask, in [0, 1]; "labels" (N,)
-    int64; "masks" (N, H, W) bool.
-    """
+    outputs: as `Mask2Former` returns them. image_sizes: [(H, W)] of the images before padding.
+    output_sizes: [(H, W)] of the masks wanted, default image_sizes. Returns per image, best first: "scores"
+    (N,), class probability times mean mask probability inside the mask, in [0, 1]; "labels" (N,) int64;
+    "masks" (N, H, W) bool."""
     results = []
     for b, image_size in enumerate(image_sizes):
         probabilities = outputs["pred_logits"][b].float().softmax(-1)[:, :-1]  # (Q, K)
@@ -66,13 +64,16 @@ def predict(model, images: list[Tensor], output_sizes, device, top_k=100) -> lis
     return instances(outputs, [image.shape[-2:] for image in images], output_sizes, top_k)
 
 
-def evaluate(model, dataset: CocoDataset, device=torch.device("cpu"), *, short_side=0, long_side=0, batch=16, top_k=100) -> dict:
-    """Mask AP by the rules of COCO, in percent: {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class": {name: AP}}; -1 where
-    there is nothing to find. Each process takes its share of the images; all return the same.
+def evaluate(
+    model, dataset: CocoDataset, device="cpu", *, short_side=0, long_side=0, batch=16, top_k=100
+) -> dict:
+    """Mask AP by the rules of COCO, in percent: {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class":
+    {name: AP}}; -1 where there is nothing to find. Each process takes its share of the images; all return
+    the same.
 
     short_side, long_side: images are resized so at test time (data.test_size); 0 keeps them as they are.
     """
-    training = model.training
+    device, training = torch.device(device), model.training
     model.eval()
     sizes = {i: test_size(*dataset.size(i), short_side, long_side) for i in dataset.image_ids}
     mine = sorted(dataset.image_ids[engine.rank() :: engine.world_size()], key=lambda i: (sizes[i], i))
@@ -80,7 +81,9 @@ def evaluate(model, dataset: CocoDataset, device=torch.device("cpu"), *, short_s
     while mine:
         group = [i for i in mine[:batch] if sizes[i] == sizes[mine[0]]]  # a batch has one size
         mine = mine[len(group) :]
-        images = [to_tensor(dataset.image(i).resize(sizes[i][::-1], Image.Resampling.BILINEAR)) for i in group]
+        images = [
+            to_tensor(dataset.image(i).resize(sizes[i][::-1], Image.Resampling.BILINEAR)) for i in group
+        ]
         for i, result in zip(group, predict(model, images, [dataset.size(i) for i in group], device, top_k)):
             detections += coco_results(i, result, dataset.category_ids)
     model.train(training)
@@ -153,7 +156,7 @@ def _percent(value) -> float:
     return round(100 * float(value), 4) if value >= 0 else -1.0
 
 
-# ------------------------------------------------------------------------------------------- tables and pictures
+# --------------------------------------------------------------------------------------- tables and pictures
 
 
 def ap_line(ap: dict) -> str:
@@ -166,7 +169,9 @@ def ap_table(columns: dict[str, dict], by_class=True) -> str:
     first = next(iter(columns.values()))
     rows = [[name] + [c[name] for c in columns.values()] for name in first if name != "per_class"]
     if by_class:
-        rows += [["  " + name] + [c["per_class"][name] for c in columns.values()] for name in first["per_class"]]
+        rows += [
+            ["  " + name] + [c["per_class"][name] for c in columns.values()] for name in first["per_class"]
+        ]
     label = max(len(row[0]) for row in rows) + 2
     lines = [" " * label + "".join(name.rjust(width) for name in columns)]
     lines += [row[0].ljust(label) + "".join(_number(value).rjust(width) for value in row[1:]) for row in rows]
@@ -177,17 +182,16 @@ def _number(value: float) -> str:
     return "-" if value < 0 else f"{value:.1f}"
 
 
-COLOURS = np.array(
-    [(230, 60, 60), (60, 140, 240), (60, 190, 90), (245, 170, 40), (170, 90, 220), (40, 200, 200), (240, 100, 180)]
-)
+COLOURS = [(230, 60, 60), (60, 140, 240), (60, 190, 90), (245, 170, 40), (170, 90, 220), (40, 200, 200)]
 
 
 def draw_instances(image: Image.Image, masks, names: list[str], scale: int = 1) -> Image.Image:
-    """The image, `scale` times as large, under coloured masks (N, H, W) bool with their outlines and names."""
+    """The image, `scale` times as large, under coloured masks (N, H, W) bool with their outlines and
+    names."""
     pixels = np.asarray(image.resize((image.width * scale, image.height * scale))).astype(float)
     masks = [np.kron(np.asarray(mask), np.ones((scale, scale), dtype=bool)) for mask in masks]
     for number, mask in enumerate(masks):
-        colour = COLOURS[number % len(COLOURS)]
+        colour = np.array(COLOURS[number % len(COLOURS)])
         pixels[mask] = 0.6 * pixels[mask] + 0.4 * colour
         inner = mask.copy()
         for axis in (0, 1):
@@ -203,8 +207,11 @@ def draw_instances(image: Image.Image, masks, names: list[str], scale: int = 1) 
     return picture
 
 
-def compare(models: dict, dataset: CocoDataset, path, device, *, count=8, threshold=0.5, short_side=0, long_side=0) -> None:
-    """Writes a picture: for `count` images a row of the image, its ground truth, and what each of the named models sees."""
+def compare(
+    models: dict, dataset: CocoDataset, path, device, *, count=8, threshold=0.5, short_side=0, long_side=0
+) -> None:
+    """Writes a picture: for `count` images a row of the image, its ground truth, and what each of the named
+    models sees."""
     rows = []
     for image_id in dataset.image_ids[:: max(1, len(dataset) // count)][:count]:
         image, size = dataset.image(image_id), dataset.size(image_id)
@@ -237,11 +244,19 @@ def compare(models: dict, dataset: CocoDataset, path, device, *, count=8, thresh
     sheet.save(path)
 
 
+def load_model(checkpoint: dict, which: str, device) -> Mask2Former:
+    """The "student" (what a phase has trained) or the "teacher" of a checkpoint, for inference."""
+    model = Mask2Former(**checkpoint["model_args"])
+    model.load_state_dict(checkpoint[which])
+    return model.to(device).eval().requires_grad_(False)
+
+
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
-    parser.error = engine.refuse
+    parser = engine.Parser(description=__doc__)
     parser.add_argument("checkpoint")
-    parser.add_argument("--data", help="shapes, coco or a folder; default: what the checkpoint was trained on")
+    parser.add_argument(
+        "--data", help="shapes, coco or a folder; default: what the checkpoint was trained on"
+    )
     parser.add_argument("--root", help="where COCO lies, or where shapes is written")
     parser.add_argument("--json", help="write the APs into this file")
     parser.add_argument("--picture", help="write a picture of predictions beside ground truth into this file")
@@ -254,14 +269,15 @@ def main(argv=None) -> None:
         with engine.rank_zero_first():
             _, dataset = load_data(flags.data or cfg["data"], flags.root or cfg["root"] or None)
         if dataset.class_names != checkpoint["class_names"]:
-            raise ValueError(f"the checkpoint knows {checkpoint['class_names']}, the data has {dataset.class_names}")
+            raise ValueError(
+                f"the checkpoint knows {checkpoint['class_names']}, the data has {dataset.class_names}"
+            )
     sizes = {"short_side": cfg["test_short_side"], "long_side": cfg["test_long_side"]}
     models = {}
     for which in ("student", "teacher"):
         if checkpoint[which] is not None:
-            models[which] = Mask2Former(**checkpoint["model_args"])
-            models[which].load_state_dict(checkpoint[which])
-            models[which].to(device)
+            name = "teacher" if checkpoint["phase"] == "teacher" else which  # phase 1 trains the teacher
+            models[name] = load_model(checkpoint, which, device)
     aps = {which: evaluate(model, dataset, device, **sizes) for which, model in models.items()}
     engine.say(ap_table(aps))
     if engine.rank() == 0 and flags.json:

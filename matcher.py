@@ -1,17 +1,19 @@
-"""Hungarian matching and the set loss of Mask2Former (Cheng et al., CVPR 2022, arXiv 2112.01527, section 3.3 and appendix).
+"""Hungarian matching and the set loss of Mask2Former (Cheng et al., CVPR 2022, arXiv 2112.01527, section
+3.3 and appendix).
 
     criterion = SetCriterion(num_classes=80)
-    losses = criterion(outputs, targets)          # {"loss_ce": ..., "loss_mask": ..., "loss_dice": ..., "loss_ce_0": ..., ...}
+    losses = criterion(outputs, targets)    # {"loss_ce": ..., "loss_mask": ..., "loss_dice": ..., ...}
     sum(losses.values()).backward()
 
-Every query is matched to at most one object, by class probability and by the mask on random points; matched queries learn that object's
-class and mask, the others "no object". The same holds for the prediction of every decoder layer (deep supervision). This file needs torch
-and scipy and can be copied out alone. All of it runs in fp32, whatever autocast says. Where the paper is silent the numerics follow
-the official code (facebookresearch/Mask2Former at 9b0651c).
+Every query is matched to at most one object, by class probability and by the mask on random points; matched
+queries learn that object's class and mask, the others "no object". The same holds for the prediction of
+every decoder layer (deep supervision). This file needs torch and scipy and can be copied out alone. All of
+it runs in fp32, whatever autocast says. Where the paper is silent the numerics follow the official code
+(facebookresearch/Mask2Former at 9b0651c).
 
-Letters in shapes: B images, Q queries, K classes, N objects of one image, P points, H W pixels, h w = H/4 W/4, T predictions (one a layer
-and one before them), G matched pairs over all predictions and images. Points are (x, y) in [0, 1].
-"""
+Letters in shapes: B images, Q queries, K classes, N objects of one image, P points, H W pixels, h w = H/4
+W/4, T predictions (one a layer and one before them), G matched pairs over all predictions and images.
+Points are (x, y) in [0, 1]."""
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,8 @@ from torch import Tensor, nn
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of maps (G, H, W) at points (G, P, 2), zero outside -> (G, P). Source: PointRend (arXiv 1912.08193), section 3.1."""
+    """Bilinear samples of maps (G, H, W) at points (G, P, 2), zero outside -> (G, P). Source: PointRend
+    (arXiv 1912.08193), section 3.1."""
     grid = 2 * points[:, :, None] - 1
     return F.grid_sample(maps[:, None].to(points.dtype), grid, align_corners=False)[:, 0, :, 0]
 
@@ -28,9 +31,8 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
 class HungarianMatcher(nn.Module):
     """Finds for each image the one-to-one matching of queries to objects that costs least.
 
-    The cost of a pair is cost_class * -p(class) + cost_mask * mean BCE + cost_dice * dice, the masks compared on num_points
-    random points of the image.
-    """
+    The cost of a pair is cost_class * -p(class) + cost_mask * mean BCE + cost_dice * dice, the masks
+    compared on num_points random points of the image."""
 
     def __init__(
         self,
@@ -45,8 +47,8 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: dict, targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
-        """outputs: "pred_logits" (B, Q, K+1), "pred_masks" (B, Q, h, w) logits. targets: per image "labels" (N,) int64 in 0..K-1 and "masks"
-        (N, H, W) bool, over the same area as pred_masks.
+        """outputs: "pred_logits" (B, Q, K+1), "pred_masks" (B, Q, h, w) logits. targets: per image "labels"
+        (N,) int64 in 0..K-1 and "masks" (N, H, W) bool, over the same area as pred_masks.
 
         Returns per image (query, target): two int64 tensors of length min(Q, N) on the CPU; query ascends.
         """
@@ -55,8 +57,8 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def match(self, class_logits: Tensor, mask_logits: Tensor, targets: list[dict]) -> list[list]:
-        """The same for T predictions at once, class_logits (T, B, Q, K+1) and mask_logits (T, B, Q, h, w) -> T lists of B pairs. All costs
-        travel to the CPU in one copy."""
+        """The same for T predictions at once, class_logits (T, B, Q, K+1) and mask_logits (T, B, Q, h, w)
+        -> T lists of B pairs. All costs travel to the CPU in one copy."""
         T, B, Q, _ = class_logits.shape
         costs = [
             self.costs(class_logits[:, b], mask_logits[:, b], target["labels"], target["masks"])
@@ -70,17 +72,18 @@ class HungarianMatcher(nn.Module):
         return [[tuple(torch.as_tensor(i, dtype=torch.int64) for i in pair) for pair in row] for row in pairs]
 
     def costs(self, class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor) -> Tensor:
-        """Of one image: (T, Q, K+1), (T, Q, h, w), (N,), (N, H, W) -> (T, Q, N). Each of the T predictions has points of its own."""
+        """Of one image: (T, Q, K+1), (T, Q, h, w), (N,), (N, H, W) -> (T, Q, N). Each of the T predictions
+        has points of its own."""
         T, Q = mask_logits.shape[:2]
         N = len(labels)
         with torch.autocast(mask_logits.device.type, enabled=False):
             points = torch.rand(T, self.num_points, 2, device=mask_logits.device)
-            x = F.grid_sample(mask_logits.float(), 2 * points[:, None] - 1, align_corners=False)[:, :, 0]
-            t = F.grid_sample(
-                masks.float().expand(T, *masks.shape), 2 * points[:, None] - 1, align_corners=False
-            )[:, :, 0]  # (T, N, P)
+            grid = 2 * points[:, None] - 1
+            x = F.grid_sample(mask_logits.float(), grid, align_corners=False)[:, :, 0]  # (T, Q, P)
+            t = F.grid_sample(masks.float().expand(T, -1, -1, -1), grid, align_corners=False)[:, :, 0]
             t = t.transpose(1, 2)  # (T, P, N)
-            # Class: -p, not -log p, as in DETR. BCE of logit x and target t: softplus(x) - x * t, averaged over points.
+            # The class cost is -p, not -log p, as in DETR. The BCE of logit x and target t is
+            # softplus(x) - x * t.
             cost_class = -class_logits.float().softmax(-1)[:, :, labels]
             cost_mask = (F.softplus(x).sum(-1, keepdim=True) - x @ t) / self.num_points
             p = x.sigmoid()
@@ -90,12 +93,13 @@ class HungarianMatcher(nn.Module):
 
 
 class SetCriterion(nn.Module):
-    """Mask2Former's loss: classification of every query, BCE and dice of the matched masks, for every prediction.
+    """Mask2Former's loss: classification of every query, BCE and dice of the matched masks, for every
+    prediction.
 
-    num_classes: K. The weights are of the three losses and of the "no object" class within the first. Masks are compared on num_points points,
-    chosen among oversample_ratio times as many: the share importance_sample_ratio of them where the prediction is least certain, the
-    rest at random (PointRend, section 3.1). A matcher of one's own may be given.
-    """
+    num_classes: K. The weights are of the three losses and of the "no object" class within the first. Masks
+    are compared on num_points points, chosen among oversample_ratio times as many: the share
+    importance_sample_ratio of them where the prediction is least certain, the rest at random (PointRend,
+    section 3.1). A matcher of one's own may be given."""
 
     def __init__(
         self,
@@ -120,12 +124,13 @@ class SetCriterion(nn.Module):
         self.register_buffer("class_weights", class_weights, persistent=False)
 
     def forward(self, outputs: dict, targets: list[dict], num_objects: float | None = None) -> dict:
-        """outputs: as `Mask2Former` returns them; targets: as for the matcher; num_objects: what the mask losses are divided by, by default
-        the objects of this batch. With several processes, pass the mean over processes. At least 1 is used.
+        """outputs: as `Mask2Former` returns them; targets: as for the matcher; num_objects: what the mask
+        losses are divided by, by default the objects of this batch. With several processes, pass the mean
+        over processes. At least 1 is used.
 
-        Returns every loss times its weight, so that their sum is what is minimised: "loss_ce", "loss_mask", "loss_dice" of the last
-        prediction, and with suffix _0, _1, ... those of aux_outputs. Images without objects are welcome: every output takes part.
-        """
+        Returns every loss times its weight, so that their sum is what is minimised: "loss_ce", "loss_mask",
+        "loss_dice" of the last prediction, and with suffix _0, _1, ... those of aux_outputs. Images without
+        objects are welcome: every output takes part."""
         for target in targets:
             if len(target["labels"]) != len(target["masks"]):
                 raise ValueError(f"{len(target['labels'])} labels for {len(target['masks'])} masks")
@@ -147,10 +152,9 @@ class SetCriterion(nn.Module):
         return {f"{key}{name}": w * loss[t] for key, w, loss in losses for t, name in enumerate(names)}
 
     def matched(self, pairs, targets, device):
-        """Per matched pair its prediction, image and query, its label, each (G,), and its mask (G, H, W) bool."""
-        rows = [
-            (t, b, query, target) for t, row in enumerate(pairs) for b, (query, target) in enumerate(row)
-        ]
+        """Per matched pair its prediction, image and query, its label, each (G,), and its mask (G, H, W)
+        bool."""
+        rows = [(t, b, query, target) for t, row in enumerate(pairs) for b, (query, target) in enumerate(row)]
         layer = torch.cat([torch.full_like(query, t) for t, _, query, _ in rows]).to(device)
         image = torch.cat([torch.full_like(query, b) for _, b, query, _ in rows]).to(device)
         query = torch.cat([query for _, _, query, _ in rows]).to(device)

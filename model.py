@@ -1,16 +1,17 @@
 """Mask2Former (Cheng et al., CVPR 2022, arXiv 2112.01527) for instance segmentation, in plain PyTorch.
 
     model = Mask2Former(num_classes=80, backbone="resnet50", pretrained=True)
-    outputs = model(images)                      # (B, 3, H, W) RGB, 0..255, any H and W; normalised and padded inside
+    outputs = model(images)                 # (B, 3, H, W) RGB, 0..255, any H and W
 
-Three parts, each a module of its own: a timm backbone gives feature maps at strides 4, 8, 16, 32; the `PixelDecoder` mixes the
-upper three by multi-scale deformable attention and makes mask features at stride 4; the `TransformerDecoder` turns learned queries into
-class logits and mask logits. This file needs torch and timm and can be copied out alone. Where the paper is silent the numerics
-follow the official code (facebookresearch/Mask2Former at 9b0651c).
+Three parts, each a module of its own: a timm backbone gives feature maps at strides 4, 8, 16, 32; the
+`PixelDecoder` mixes the upper three by multi-scale deformable attention and makes mask features at stride
+4; the `TransformerDecoder` turns learned queries into class logits and mask logits. This file needs torch
+and timm and can be copied out alone. Where the paper is silent the numerics follow the official code
+(facebookresearch/Mask2Former at 9b0651c).
 
-Letters in shapes: B images, C hidden_dim, H W pixels of the padded image, h w = H/4 W/4, K classes, Q queries, M heads, D = C/M,
-L levels (strides 32, 16, 8 in this order), P points, S = sum of H_l * W_l over levels, N queries of an attention.
-"""
+Letters in shapes: B images, C hidden_dim, H W pixels of the padded image, h w = H/4 W/4, K classes, Q
+queries, M heads, D = C/M, L levels (strides 32, 16, 8 in this order), P points, S = sum of H_l * W_l over
+levels, N queries of an attention."""
 
 import math
 
@@ -35,12 +36,13 @@ class Mask2Former(nn.Module):
 
     num_classes: K, without "no object", which is the last class logit (index K).
     backbone: a name of BACKBONES or any timm model with feature maps at strides 4, 8, 16 and 32.
-    pretrained: start from timm's ImageNet weights (downloads), or from `backbone_weights`, a local file of timm's names.
-    norm: what becomes of the backbone's batch norms: "frozen" (fixed statistics, the usual choice with pretraining), "batch" (trained;
-        engine.py synchronises them over GPUs), or "group" (group norm: for training from scratch with any batch).
-    pixel_mean, pixel_std: per RGB channel in 0..255; None takes them from timm's configuration of the backbone.
-    backbone_args: further arguments for timm.create_model.
-    """
+    pretrained: start from timm's ImageNet weights (downloads), or from `backbone_weights`, a local file of
+    timm's names.
+    norm: what becomes of the backbone's batch norms: "frozen" (fixed statistics, the usual choice with
+        pretraining), "batch" (trained; engine.py synchronises them over GPUs), or "group" (group norm: for
+        training from scratch with any batch).
+    pixel_mean, pixel_std: per RGB channel in 0..255; None takes them from timm's configuration.
+    backbone_args: further arguments for timm.create_model."""
 
     def __init__(
         self,
@@ -77,10 +79,9 @@ class Mask2Former(nn.Module):
     def forward(self, images: Tensor) -> dict:
         """images: (B, 3, H, W) RGB, uint8 or float in 0..255.
 
-        Returns "pred_logits" (B, Q, K+1) class logits, "pred_masks" (B, Q, h, w) mask logits at stride 4 of the image padded right and
-        below to multiples of 32 (h = 8 * ceil(H / 32)), and "aux_outputs": the same two for each earlier prediction, the first from
-        the queries before any layer.
-        """
+        Returns "pred_logits" (B, Q, K+1) class logits, "pred_masks" (B, Q, h, w) mask logits at stride 4 of
+        the image padded right and below to multiples of 32 (h = 8 * ceil(H / 32)), and "aux_outputs": the
+        same two for each earlier prediction, the first from the queries before any layer."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), found {tuple(images.shape)}")
         images = (images - self.pixel_mean) / self.pixel_std
@@ -129,18 +130,26 @@ def _replace_batch_norm(module: nn.Module) -> None:
             _replace_batch_norm(child)
 
 
-# ---------------------------------------------------------------------------------------------- pixel decoder
+# --------------------------------------------------------------------------------------------- pixel decoder
 
 
 class PixelDecoder(nn.Module):
-    """Feature maps at strides 4, 8, 16, 32 -> mask features (B, C, h, w) and the levels [stride 32, 16, 8], each (B, C, H_l, W_l).
+    """Feature maps at strides 4, 8, 16, 32 -> mask features (B, C, h, w) and the levels [stride 32, 16, 8],
+    each (B, C, H_l, W_l).
 
-    Section 3.2.1 of the paper; the encoder is that of Deformable DETR (Zhu et al., ICLR 2021, arXiv 2010.04159).
-    in_channels: of the four feature maps.
-    """
+    Section 3.2.1 of the paper; the encoder is that of Deformable DETR (Zhu et al., ICLR 2021, arXiv
+    2010.04159).
+    in_channels: of the four feature maps."""
 
     def __init__(
-        self, in_channels, hidden_dim=256, num_heads=8, num_layers=6, ffn_dim=1024, num_points=4, mask_dim=None
+        self,
+        in_channels,
+        hidden_dim=256,
+        num_heads=8,
+        num_layers=6,
+        ffn_dim=1024,
+        num_points=4,
+        mask_dim=None,
     ):
         super().__init__()
         stride_4, *upper = in_channels
@@ -191,7 +200,8 @@ class PixelDecoder(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Multi-scale deformable self-attention, then a feed-forward network, each with a residual and a norm behind it."""
+    """Multi-scale deformable self-attention, then a feed-forward network, each with a residual and a norm
+    behind it."""
 
     def __init__(self, hidden_dim, num_heads, ffn_dim, num_levels, num_points):
         super().__init__()
@@ -206,10 +216,11 @@ class EncoderLayer(nn.Module):
 
 
 class MSDeformAttn(nn.Module):
-    """Multi-scale deformable attention: each query looks at P points of every level, which it chooses around its reference point.
+    """Multi-scale deformable attention: each query looks at P points of every level, which it chooses
+    around its reference point.
 
-    query (B, N, C), reference_points (N, 2) or (B, N, L, 2) as (x, y) in [0, 1], value (B, S, C), spatial_shapes [(H_l, W_l)] -> (B, N, C)
-    """
+    query (B, N, C), reference_points (N, 2) or (B, N, L, 2) as (x, y) in [0, 1], value (B, S, C),
+    spatial_shapes [(H_l, W_l)] -> (B, N, C)"""
 
     def __init__(self, hidden_dim=256, num_heads=8, num_levels=3, num_points=4):
         super().__init__()
@@ -221,7 +232,7 @@ class MSDeformAttn(nn.Module):
         self.value_proj = nn.Linear(hidden_dim, hidden_dim)
         self.output_proj = nn.Linear(hidden_dim, hidden_dim)
 
-        # At first each head looks in a direction of its own, 1, 2, ... P pixels far, and weighs all points alike.
+        # At first each head looks in a direction of its own, 1, 2, ... P pixels far, all points alike.
         angles = torch.arange(num_heads) * (2 * math.pi / num_heads)
         ring = torch.stack([angles.cos(), angles.sin()], dim=-1)
         ring = ring / ring.abs().amax(dim=-1, keepdim=True)  # (M, 2), on the unit square
@@ -237,7 +248,7 @@ class MSDeformAttn(nn.Module):
     def forward(self, query, reference_points, value, spatial_shapes):
         (B, N, C), (M, L, P) = query.shape, self.sizes
         value = self.value_proj(value).view(B, -1, M, C // M)
-        # A bfloat16 offset would be off by up to 0.06 pixels: locations and weights are fp32 under autocast too.
+        # A bfloat16 offset would be off by up to 0.06 pixels: under autocast too this is fp32.
         with torch.autocast(query.device.type, enabled=False):
             query = query.to(self.sampling_offsets.weight.dtype)
             offsets = self.sampling_offsets(query).view(B, N, M, L, P, 2)
@@ -252,17 +263,19 @@ class MSDeformAttn(nn.Module):
 
 
 def ms_deform_attn(value: Tensor, spatial_shapes, sampling_locations: Tensor, attention_weights: Tensor):
-    """The core of multi-scale deformable attention: a weighted sum of bilinear samples (Deformable DETR, equation 3).
+    """The core of multi-scale deformable attention: a weighted sum of bilinear samples (Deformable DETR,
+    equation 3).
 
-    value: (B, S, M, D), the levels one after the other, each row by row. spatial_shapes: [(H_l, W_l)] of the levels.
-    sampling_locations: (B, N, M, L, P, 2) as (x, y); 0 and 1 are the outer edges of a level, what lies outside counts as zero.
+    value: (B, S, M, D), the levels one after the other, each row by row. spatial_shapes: [(H_l, W_l)] of
+    the levels.
+    sampling_locations: (B, N, M, L, P, 2) as (x, y); 0 and 1 are the outer edges of a level, what lies
+    outside counts as zero.
     attention_weights: (B, N, M, L, P).
-    Returns (B, N, M * D).
-    """
+    Returns (B, N, M * D)."""
     B, S, M, D = value.shape
     N, L = sampling_locations.shape[1], len(spatial_shapes)
-    if S != sum(H * W for H, W in spatial_shapes):
-        raise ValueError(f"value has {S} positions, spatial_shapes {list(spatial_shapes)} have another number")
+    if sum(H * W for H, W in spatial_shapes) != S:
+        raise ValueError(f"value has {S} positions, spatial_shapes {list(spatial_shapes)} do not")
     grid = (2 * sampling_locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B * M, N, P, 2)
     weights = attention_weights.permute(3, 0, 2, 1, 4).reshape(L, B * M, 1, N, -1)
     values = value.permute(0, 2, 3, 1).flatten(0, 1).split([H * W for H, W in spatial_shapes], dim=-1)
@@ -283,7 +296,8 @@ def pixel_centres(H: int, W: int, device=None) -> Tensor:
 
 
 def sine_positions(feature: Tensor, temperature: float = 10000.0) -> Tensor:
-    """(C, H, W): the sine position embedding of DETR for a feature map (B, C, H, W): y in the first C/2 channels, x in the others."""
+    """The sine position embedding of DETR for a feature map (B, C, H, W) -> (C, H, W): y in the first C/2
+    channels, x in the others."""
     C, H, W = feature.shape[1:]
     index = torch.arange(C // 2, device=feature.device)
     frequency = temperature ** (2 * (index // 2) / (C // 2))
@@ -298,15 +312,15 @@ def sine_positions(feature: Tensor, temperature: float = 10000.0) -> Tensor:
     return torch.cat([y, x])
 
 
-# ---------------------------------------------------------------------------------------- transformer decoder
+# --------------------------------------------------------------------------------------- transformer decoder
 
 
 class TransformerDecoder(nn.Module):
-    """Learned queries read the levels in turn, each only where its last mask was, and predict a class and a mask after every layer.
+    """Learned queries read the levels in turn, each only where its last mask was, and predict a class and a
+    mask after every layer.
 
-    Section 3.2.1 and 3.2.2 of the paper. levels: [stride 32, 16, 8], each (B, C, H_l, W_l); mask_features: (B, C, h, w). Returns what
-    `Mask2Former` returns.
-    """
+    Section 3.2.1 and 3.2.2 of the paper. levels: [stride 32, 16, 8], each (B, C, H_l, W_l); mask_features:
+    (B, C, h, w). Returns what `Mask2Former` returns."""
 
     def __init__(
         self,
@@ -364,15 +378,17 @@ class TransformerDecoder(nn.Module):
 
 
 def attention_mask(mask_logits: Tensor, size) -> Tensor:
-    """(B, Q, h, w) mask logits -> (B, 1, Q, H_l * W_l) bool for every head: True where a query may attend, which is where its mask is at
-    least 0.5, or everywhere if that is nowhere. No gradient flows through it (section 3.2.1)."""
+    """(B, Q, h, w) mask logits -> (B, 1, Q, H_l * W_l) bool for every head: True where a query may attend,
+    which is where its mask is at least 0.5, or everywhere if that is nowhere. No gradient flows through it
+    (section 3.2.1)."""
     mask_logits = F.interpolate(mask_logits.detach().float(), size=size, mode="bilinear", align_corners=False)
     attend = (mask_logits.sigmoid() >= 0.5).flatten(2)
     return (attend | ~attend.any(dim=-1, keepdim=True)).unsqueeze(1)
 
 
 class DecoderLayer(nn.Module):
-    """Masked cross-attention to a level, self-attention among the queries, feed-forward; each with a residual and a norm behind it."""
+    """Masked cross-attention to a level, self-attention among the queries, feed-forward; each with a
+    residual and a norm behind it."""
 
     def __init__(self, hidden_dim, num_heads, ffn_dim):
         super().__init__()
@@ -391,7 +407,8 @@ class DecoderLayer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, query (B, N, C), key and value (B, S, C) -> (B, N, C); attend: (B, 1, N, S) bool, True where allowed."""
+    """Multi-head attention, query (B, N, C), key and value (B, S, C) -> (B, N, C); attend: (B, 1, N, S)
+    bool, True where allowed."""
 
     def __init__(self, hidden_dim, num_heads):
         super().__init__()
