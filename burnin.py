@@ -12,7 +12,7 @@ it is. In most other papers burn-in is only the first of these.
 
 It writes teacher.pt, then burnin.pt; distill.py goes on from there."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -233,7 +233,8 @@ def to_device(batch: list[dict], device) -> list[dict]:
 
 
 class Setting:
-    """Data, model arguments and loss of a run: what all phases share."""
+    """Data, model arguments and loss of a run: what all phases share. Raises ValueError for what a user got
+    wrong, before anything is trained."""
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
@@ -263,6 +264,14 @@ class Setting:
             "split": split_hash(self.labelled),
         }
         self.criterion = SetCriterion(self.num_classes, num_points=cfg.num_points).to(self.device)
+        self.view = View(cfg.crop, cfg.scale, cfg.short_side, colour=cfg.colour, blur=cfg.blur)
+        with torch.device("meta"):
+            Mask2Former(**self.model_args)
+        engine.lr_factor(cfg.schedule, progress=0.0)
+        for phase in ("teacher", "burnin", "distill", "labels_only"):
+            engine.finished(cfg, phase)
+        if cfg.teacher:
+            load_teacher(cfg, self)
         say(
             f"{cfg.data}: {len(self.train)} training images, {len(self.labelled)} of them labelled (split "
             f"{self.describe['split']}), {len(self.val)} for validation, {self.num_classes} classes"
@@ -279,7 +288,6 @@ class Setting:
         """Endless batches of labelled and of unlabelled images. The unlabelled pool is every training
         image, the labelled ones too."""
         cfg = self.cfg
-        view = View(cfg.crop, cfg.scale, cfg.short_side, colour=cfg.colour, blur=cfg.blur)
         common = dict(
             batch=cfg.batch // engine.world_size(),
             rank=engine.rank(),
@@ -291,7 +299,7 @@ class Setting:
         if guided and cfg.repeat_threshold:
             repeats = repeat_factors(self.train, self.labelled, cfg.repeat_threshold)
         labelled = stream(
-            Views(self.train, view),
+            Views(self.train, self.view),
             self.labelled,
             seed=seed_of(cfg.seed, phase, "labelled"),
             repeats=repeats,
@@ -300,7 +308,7 @@ class Setting:
         if not guided:
             return labelled
         unlabelled = stream(
-            Views(self.train, view, labels=False, strong=True),
+            Views(self.train, self.view, labels=False, strong=True),
             self.train.image_ids,
             seed=seed_of(cfg.seed, phase, "unlabelled"),
             **common,
@@ -361,7 +369,7 @@ def burn_in_student(cfg: Config, setting: Setting) -> None:
 
 
 def load_teacher(cfg, setting) -> dict:
-    """The teacher of phase 2: that of phase 1, or one's own, which may be any model that knows the classes."""
+    """The teacher of phase 2: that of phase 1, or one's own: any model that knows the classes."""
     checkpoint = engine.load_checkpoint(cfg.teacher or Path(cfg.out) / "teacher.pt")
     if checkpoint["class_names"] != setting.train.class_names:
         names = setting.train.class_names
@@ -395,51 +403,22 @@ def finish(run, ap, **more) -> None:
     say(f"{run.phase} done  {ap_line(ap)}  -> {run.out / (run.phase + '.pt')}")
 
 
-BOOKKEEPING = {
-    "root",
-    "out",
-    "preset",
-    "workers",
-    "device",
-    "log_every",
-    "save_every",
-    "eval_every",
-    "labels_only",
-}
-
-
-def done(cfg, phase: str) -> bool:
-    """Whether out/<phase>.pt is there. Raises ValueError if it, or what is left of a run cut short, was made
-    with other settings."""
-    final = Path(cfg.out) / f"{phase}.pt"
-    for path in (final, final.with_suffix(".partial.pt")):
-        if path.exists():
-            before, now = engine.load_checkpoint(path)["config"], asdict(cfg)
-            other = [f"{k} {before[k]!r}, now {now[k]!r}" for k in now if before.get(k, now[k]) != now[k]]
-            other = [words for words in other if words.split()[0] not in BOOKKEEPING]
-            if other:
-                raise ValueError(f"{path} was made with other settings ({other[0]}); choose another --out")
-    return final.exists()
-
-
 def main(cfg: Config, setting: Setting) -> None:
     """Whatever of phases 1 and 2 has not been run yet."""
     if cfg.labels_only:
-        if not done(cfg, "labels_only"):
+        if not engine.finished(cfg, "labels_only"):
             burn_in_teacher(cfg, setting, "labels_only")
         return
-    if not cfg.teacher and not done(cfg, "teacher"):
+    if not cfg.teacher and not engine.finished(cfg, "teacher"):
         say("phase 1 of 3, teacher burn-in: labels only")
         burn_in_teacher(cfg, setting)
-    if not done(cfg, "burnin"):
+    if not engine.finished(cfg, "burnin"):
         say("phase 2 of 3, guided burn-in: a fresh student, a frozen teacher")
         burn_in_student(cfg, setting)
 
 
 if __name__ == "__main__":
     with engine.user_errors():
-        cfg = engine.parse_config(Config, PRESETS, description=__doc__)
+        cfg = engine.parse_config(Config, PRESETS, None, __doc__)
         setting = Setting(cfg)
-        for phase in ("teacher", "burnin"):
-            done(cfg, phase)
     main(cfg, setting)

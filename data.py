@@ -158,6 +158,10 @@ class View:
     colour: bool = False
     blur: tuple[float, float] = (0.1, 2.0)
 
+    def __post_init__(self):
+        if len(self.crop) != 2 or any(side % 32 or side < 32 for side in self.crop):
+            raise ValueError(f"a crop is height and width, multiples of 32, found {self.crop}")
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -246,8 +250,6 @@ class Views(Dataset):
     """
 
     def __init__(self, dataset: CocoDataset, view: View, *, labels: bool = True, strong: bool = False):
-        if any(side % 32 for side in view.crop):
-            raise ValueError(f"a crop's sides must be multiples of 32, found {view.crop}")
         self.dataset, self.view, self.with_labels, self.with_strong = dataset, view, labels, strong
 
     def __getitem__(self, key) -> dict:

@@ -85,7 +85,7 @@ def summary(cfg: Config, setting: Setting) -> None:
     load = engine.load_checkpoint
     last = load(out / "distill.pt")
     columns = {"teacher": load(cfg.teacher or out / "teacher.pt")["ap"]}
-    if burnin.done(cfg, "labels_only"):
+    if engine.finished(cfg, "labels_only"):
         columns["labels only"] = load(out / "labels_only.pt")["ap"]
     columns |= {
         "burnt-in": load(out / "burnin.pt")["ap"],
@@ -116,12 +116,10 @@ def summary(cfg: Config, setting: Setting) -> None:
 def main(cfg: Config) -> None:
     with engine.user_errors():
         setting = Setting(cfg)
-        for phase in ("teacher", "burnin", "distill", "labels_only"):
-            burnin.done(cfg, phase)
     burnin.main(cfg, setting)
     if cfg.labels_only:
         return
-    if not burnin.done(cfg, "distill"):
+    if not engine.finished(cfg, "distill"):
         say("phase 3 of 3, distillation: the teacher follows the student")
         distill(cfg, setting)
     else:
@@ -129,7 +127,11 @@ def main(cfg: Config) -> None:
     summary(cfg, setting)
 
 
-if __name__ == "__main__":
+def cli(argv=None) -> None:
     with engine.user_errors():
-        cfg = engine.parse_config(Config, PRESETS, description=__doc__)
+        cfg = engine.parse_config(Config, PRESETS, argv, __doc__)
     main(cfg)
+
+
+if __name__ == "__main__":
+    cli()

@@ -55,8 +55,7 @@ def parse_config(config_class, presets: dict, argv=None, description=None):
     parser = Parser(description)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for name, field in fields.items():
-        kind = _values if isinstance(field.default, tuple) else type(field.default)
-        kind = {bool: _boolean, dict: json.loads}.get(kind, kind)
+        kind = {tuple: _values, bool: _boolean, dict: json.loads}.get(field.type, field.type)
         bare = {"nargs": "?", "const": True} if kind is _boolean else {}
         text = field.metadata.get("help", "").replace("%", "%%") + f" [{field.default}]"
         parser.add_argument("--" + name.replace("_", "-"), type=kind, default=None, help=text, **bare)
@@ -348,6 +347,25 @@ def duration(seconds: float) -> str:
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints
+
+
+# What may differ between a run and the one that goes on from its checkpoints.
+BOOKKEEPING = {"root", "out", "preset", "workers", "device", "labels_only"}
+BOOKKEEPING |= {"log_every", "save_every", "eval_every"}
+
+
+def finished(cfg, phase: str) -> bool:
+    """Whether out/<phase>.pt is there. Raises ValueError if it, or what is left of a run cut short, was made
+    with other settings."""
+    final = Path(cfg.out) / f"{phase}.pt"
+    for path in (final, final.with_suffix(".partial.pt")):
+        if path.exists():
+            before, now = load_checkpoint(path)["config"], dataclasses.asdict(cfg)
+            for name in now.keys() & before.keys() - BOOKKEEPING:
+                if before[name] != now[name]:
+                    change = f"{name} {before[name]!r}, now {now[name]!r}"
+                    raise ValueError(f"{path} was made with other settings ({change}); choose another --out")
+    return final.exists()
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:

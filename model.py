@@ -87,7 +87,7 @@ class Mask2Former(nn.Module):
         images = (images - self.pixel_mean) / self.pixel_std
         images = F.pad(images, (0, -images.shape[3] % 32, 0, -images.shape[2] % 32))
         features = self.backbone(images)
-        if str(self.backbone.output_fmt) == "NHWC":  # Swin
+        if str(getattr(self.backbone, "output_fmt", "NCHW")) == "NHWC":  # Swin
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         mask_features, levels = self.pixel_decoder(features)
         return self.decoder(levels, mask_features)

@@ -1,0 +1,328 @@
+"""The method itself: pseudo-labels, the guided step, the teacher that follows the student."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from burnin import guided_step, pseudo_labels, set_losses, split, supervised_step
+from distill import ema_update
+from matcher import SetCriterion
+
+K = 3
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------- pseudo-labels
+
+
+def logits_of(*probabilities):
+    return torch.tensor(probabilities, dtype=torch.float64).log()
+
+
+def mask_of(area, size=(6, 8)):
+    """Mask logits whose first `area` pixels are just above zero, the others at zero and below."""
+    logits = torch.full(size, -3.0)
+    logits.view(-1)[:area] = 1e-3
+    logits.view(-1)[area : area + 10] = 0.0
+    return logits
+
+
+# Class probabilities, the last of "no object"; pixels of the mask; the label, or why it is dropped.
+QUERIES = [
+    ((0.90, 0.05, 0.03, 0.02), 12, 0),
+    ((0.10, 0.75, 0.10, 0.05), 6, 1),  # one pixel more than min_area
+    ((0.02, 0.03, 0.90, 0.05), 5, "min_area exactly"),
+    ((0.02, 0.03, 0.90, 0.05), 0, "an empty mask"),
+    ((0.01, 0.01, 0.01, 0.97), 20, "no object"),
+    ((0.20, 0.60, 0.10, 0.10), 20, "not sure enough"),
+    ((0.05, 0.05, 0.85, 0.05), 30, 2),
+    ((0.05, 0.05, 0.85, 0.05), 30, 2),  # a duplicate, which is not suppressed
+]
+
+
+def test_pseudo_labels_are_what_the_teacher_is_sure_of():
+    logits = logits_of(*[probabilities for probabilities, _, _ in QUERIES])
+    masks = torch.stack([mask_of(area) for _, area, _ in QUERIES])
+    nothing = torch.zeros_like(logits), torch.full_like(masks, -1.0)
+    outputs = {
+        "pred_logits": torch.stack([logits, nothing[0]]),
+        "pred_masks": torch.stack([masks, nothing[1]]),
+    }
+    found, empty = pseudo_labels(outputs, score_threshold=0.7, min_area=5)
+
+    kept = [q for q, (_, _, verdict) in enumerate(QUERIES) if not isinstance(verdict, str)]
+    assert found["labels"].tolist() == [QUERIES[q][2] for q in kept] and found["labels"].dtype == torch.int64
+    assert found["scores"].tolist() == pytest.approx([max(QUERIES[q][0]) for q in kept], abs=1e-5)
+    assert found["masks"].dtype == torch.bool
+    assert torch.equal(found["masks"], masks[kept] > 0)
+    assert found["masks"].sum((1, 2)).tolist() == [QUERIES[q][1] for q in kept]
+
+    assert empty["labels"].shape == empty["scores"].shape == (0,) and empty["masks"].shape == (0, 6, 8)
+    assert empty["labels"].dtype == torch.int64 and empty["masks"].dtype == torch.bool
+
+
+@pytest.mark.parametrize("threshold, kept", [(0.4999, 1), (0.5, 0)])
+def test_the_threshold_itself_is_not_enough(threshold, kept):
+    """Logits (0, 0) give a probability of exactly one half."""
+    outputs = {"pred_logits": torch.tensor([[[0.0, -math.inf, 0.0]]]), "pred_masks": torch.ones(1, 1, 4, 4)}
+    [found] = pseudo_labels(outputs, score_threshold=threshold, min_area=0)
+    assert len(found["labels"]) == kept
+
+
+@pytest.mark.parametrize("min_area", [0, 1, 5])
+def test_masks_are_larger_than_min_area(min_area):
+    areas = [0, 1, 2, 5, 6]
+    outputs = {
+        "pred_logits": torch.tensor([9.0, 0, 0, 0]).expand(1, len(areas), -1),
+        "pred_masks": torch.stack([mask_of(area) for area in areas])[None],
+    }
+    [found] = pseudo_labels(outputs, min_area=min_area)
+    assert found["masks"].sum((1, 2)).tolist() == [area for area in areas if area > min_area]
+
+
+def test_no_gradient_flows_through_pseudo_labels():
+    outputs = {
+        "pred_logits": (9 * torch.eye(4)[None]).requires_grad_(),
+        "pred_masks": torch.ones(1, 4, 6, 6, requires_grad=True),
+    }
+    [found] = pseudo_labels(outputs)
+    assert len(found["labels"]) == 3
+    assert not any(value.requires_grad for value in found.values())
+
+
+def test_pseudo_labels_are_targets_of_the_criterion(make_model):
+    """Masks at stride 4 cover what pred_masks cover, so that the losses take them as they are."""
+    tiny = make_model()
+    outputs = tiny(255 * torch.rand(2, 3, 64, 96))
+    targets = pseudo_labels(outputs, score_threshold=0.0, min_area=0)
+    assert all(target["masks"].shape[1:] == (16, 24) for target in targets)
+    assert sum(SetCriterion(K, num_points=32)(outputs, targets).values()).isfinite()
+
+
+# --------------------------------------------------------------------------------------- the guided step
+
+
+class Spy(nn.Module):
+    """Passes on what the model gives, and remembers what it was shown and gave."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.seen, self.outputs = model, [], []
+
+    def forward(self, images):
+        self.seen.append(images)
+        self.outputs.append(self.model(images))
+        return self.outputs[-1]
+
+
+def batches(B=2, H=64, W=96, seed=0):
+    """A labelled and an unlabelled batch."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def image():
+        return torch.randint(0, 256, (3, H, W), generator=generator).to(torch.uint8)
+
+    labelled = [
+        {
+            "image": image(),
+            "labels": torch.tensor([b, 2]),
+            "masks": torch.rand(2, H, W, generator=generator) > 0.5,
+        }
+        for b in range(B)
+    ]
+    return labelled, [{"image": image(), "strong": image()} for _ in range(B)]
+
+
+@pytest.fixture
+def step(make_model):
+    """A guided step of a student and a teacher who finds something, with all that it used and returned."""
+    torch.manual_seed(0)
+    student, teacher = Spy(make_model(seed=1)), Spy(make_model(seed=2))
+    with torch.no_grad():
+        teacher.model.decoder.class_head.bias[-1] -= 10  # hardly ever "no object"
+    labelled, unlabelled = batches()
+    cfg = SimpleNamespace(score_threshold=0.34, min_area=5)
+    criterion = SetCriterion(K, num_points=32)
+    losses, guided_losses, targets = guided_step(student, teacher, criterion, labelled, unlabelled, cfg, CPU)
+    return SimpleNamespace(
+        student=student,
+        teacher=teacher,
+        criterion=criterion,
+        labelled=labelled,
+        unlabelled=unlabelled,
+        cfg=cfg,
+        losses=losses,
+        guided_losses=guided_losses,
+        targets=targets,
+    )
+
+
+def test_the_teacher_sees_the_weak_and_the_student_the_strong_view(step):
+    weak, strong = (torch.stack([item[name] for item in step.unlabelled]) for name in ("image", "strong"))
+    assert len(step.teacher.seen) == 1 and torch.equal(step.teacher.seen[0], weak)
+    shown_to_student = torch.cat(step.student.seen)
+    labelled = torch.stack([item["image"] for item in step.labelled])
+    assert torch.equal(shown_to_student, torch.cat([labelled, strong]))
+
+
+def test_the_teacher_gets_no_gradient_and_the_student_does(step):
+    assert not any(
+        value.requires_grad for value in step.teacher.outputs[0].values() if torch.is_tensor(value)
+    )
+    (sum(step.losses.values()) + 2 * sum(step.guided_losses.values())).backward()
+    assert all(parameter.grad is None for parameter in step.teacher.parameters())
+    for name, parameter in step.student.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_pseudo_labels_are_those_of_the_teachers_weak_view(step):
+    expected = pseudo_labels(step.teacher.outputs[0], step.cfg.score_threshold, step.cfg.min_area)
+    assert sum(len(target["labels"]) for target in expected) > 0
+    for found, target in zip(step.targets, expected, strict=True):
+        assert all(torch.equal(found[name], target[name]) for name in ("labels", "masks", "scores"))
+
+
+def test_both_losses_have_every_part_of_every_prediction(step):
+    names = {f"loss_{part}{suffix}" for part in ("ce", "mask", "dice") for suffix in ("", "_0", "_1")}
+    assert set(step.losses) == set(step.guided_losses) == names
+    assert all(value.isfinite() and value.ndim == 0 for value in step.losses.values())
+
+
+def test_the_guided_step_is_the_supervised_loss_and_the_loss_against_pseudo_labels(make_model, step):
+    """Each as if its images had gone through the student alone, with the same random points."""
+    student = step.student.model
+    strong = torch.stack([item["strong"] for item in step.unlabelled])
+    torch.manual_seed(5)
+    losses, guided_losses, _ = guided_step(
+        student, step.teacher, step.criterion, step.labelled, step.unlabelled, step.cfg, CPU
+    )
+    torch.manual_seed(5)
+    expected = supervised_step(student, step.criterion, step.labelled, CPU)
+    guided_expected = step.criterion(student(strong), step.targets)
+    for name in losses:
+        torch.testing.assert_close(losses[name], expected[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(guided_losses[name], guided_expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_that_is_sure_of_nothing_guides_to_no_mask(step):
+    cfg = SimpleNamespace(score_threshold=1.0, min_area=5)
+    _, guided_losses, targets = guided_step(
+        step.student, step.teacher, step.criterion, step.labelled, step.unlabelled, cfg, CPU
+    )
+    assert all(len(target["labels"]) == 0 for target in targets)
+    for name, value in guided_losses.items():
+        assert (value == 0) == (not name.startswith("loss_ce")), name
+
+
+def test_outputs_are_split_by_image(make_model):
+    outputs = make_model()(255 * torch.rand(3, 3, 32, 32))
+    first, others = split(outputs, 1)
+    for whole, a, b in zip(
+        [outputs, *outputs["aux_outputs"]], [first, *first["aux_outputs"]], [others, *others["aux_outputs"]]
+    ):
+        for name in ("pred_logits", "pred_masks"):
+            assert torch.equal(a[name], whole[name][:1]) and torch.equal(b[name], whole[name][1:])
+
+
+def test_alone_a_process_divides_by_its_own_objects(make_model):
+    labelled, _ = batches()
+    outputs = make_model()(torch.stack([item["image"] for item in labelled]))
+    criterion = SetCriterion(K, num_points=32)
+    torch.manual_seed(0)
+    expected = criterion(outputs, labelled, num_objects=4)
+    torch.manual_seed(0)
+    for name, value in set_losses(criterion, outputs, labelled).items():
+        torch.testing.assert_close(value, expected[name])
+
+
+# --------------------------------------------------------------------------------------- the EMA teacher
+
+
+def network(seed):
+    """With parameters, a running mean and variance, and a whole number that counts batches."""
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    module.train()(torch.randn(8, 4))
+    return module
+
+
+def copies(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.9996, 1.0])
+@pytest.mark.parametrize("steps", [1, 7, 50])
+def test_the_teacher_follows_a_resting_student_in_closed_form(decay, steps):
+    """After n steps: decay^n of what it was, 1 - decay^n of the student."""
+    teacher, student = network(0).requires_grad_(False), network(1)
+    start = copies(teacher)
+    for _ in range(steps):
+        ema_update(teacher, student, decay)
+    for name, value in teacher.state_dict().items():
+        target = student.state_dict()[name]
+        if value.is_floating_point():
+            left = decay**steps
+            expected = left * start[name].double() + (1 - left) * target.double()
+            torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_teacher_follows_a_moving_student():
+    teacher, students = network(0).requires_grad_(False), [network(seed) for seed in range(1, 5)]
+    expected = {name: value.double() for name, value in copies(teacher).items()}
+    for student in students:
+        ema_update(teacher, student, 0.9)
+        for name, value in student.state_dict().items():
+            expected[name] = 0.9 * expected[name] + 0.1 * value.double()
+    for name, value in teacher.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
+def test_whole_numbers_are_copied(decay):
+    teacher, student = network(0), network(1)
+    student[1].num_batches_tracked += 41
+    ema_update(teacher, student, decay)
+    assert teacher[1].num_batches_tracked.item() == 42
+    assert teacher[1].num_batches_tracked.dtype == torch.int64
+
+
+@pytest.mark.parametrize("decay, which", [(0.0, "student"), (1.0, "teacher")])
+def test_decay_0_copies_the_student_and_decay_1_keeps_the_teacher(decay, which):
+    teacher, student = network(0), network(1)
+    expected = {"teacher": copies(teacher), "student": copies(student)}[which]
+    ema_update(teacher, student, decay)
+    for name, value in teacher.state_dict().items():
+        if value.is_floating_point():
+            assert torch.equal(value, expected[name]), name
+
+
+def test_the_teacher_never_requires_a_gradient_and_no_graph_grows():
+    teacher, student = network(0).requires_grad_(False), network(1)
+    before = copies(student)
+    for _ in range(3):
+        student(torch.randn(8, 4)).sum().backward()
+        before = copies(student)
+        ema_update(teacher, student, 0.9)
+    for value in [*teacher.parameters(), *teacher.buffers()]:
+        assert not value.requires_grad and value.grad_fn is None and value.grad is None
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in student.parameters())
+
+
+def test_the_teacher_shares_no_memory_with_the_student(make_model):
+    teacher, student = make_model(seed=0).requires_grad_(False), make_model(seed=1)
+    ema_update(teacher, student, 0.0)
+    kept = copies(teacher)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter += 1
+    assert all(torch.equal(value, kept[name]) for name, value in teacher.state_dict().items())
+
+
+def test_a_teacher_of_another_form_is_an_error():
+    with pytest.raises((ValueError, RuntimeError)):
+        ema_update(network(0), nn.Linear(4, 5), 0.9)

@@ -1,0 +1,377 @@
+"""The model: every formula against a plain one, and what the whole of it promises."""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from torch import nn
+
+import model
+from model import (
+    Attention,
+    DecoderLayer,
+    Mask2Former,
+    MSDeformAttn,
+    attention_mask,
+    ms_deform_attn,
+    pixel_centres,
+    sine_positions,
+)
+
+SHAPES = [(3, 5), (4, 2), (1, 6)]  # three levels, none of them square
+
+
+def image_batch(B=2, H=64, W=96, seed=0):
+    return torch.randint(0, 256, (B, 3, H, W), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+def flat(outputs):
+    """All tensors of the outputs, aux_outputs first."""
+    predictions = [*outputs["aux_outputs"], outputs]
+    return [prediction[name] for prediction in predictions for name in ("pred_logits", "pred_masks")]
+
+
+# ----------------------------------------------------------------------------- deformable attention
+
+
+def attention_inputs(B=2, N=4, M=2, D=3, P=2, seed=0):
+    """value, locations (some outside the map) and weights in float64."""
+    rng = np.random.default_rng(seed)
+    S = sum(H * W for H, W in SHAPES)
+    value = torch.tensor(rng.normal(size=(B, S, M, D)))
+    locations = torch.tensor(rng.uniform(-0.3, 1.3, (B, N, M, len(SHAPES), P, 2)))
+    weights = torch.tensor(rng.dirichlet(np.ones(len(SHAPES) * P), (B, N, M)))
+    return value, locations, weights.view(B, N, M, len(SHAPES), P)
+
+
+def deformable_attention_by_loops(value, shapes, locations, weights, bilinear):
+    """Equation 3 of Deformable DETR, one sample after the other."""
+    B, _, M, D = value.shape
+    _, N, _, L, P, _ = locations.shape
+    output = torch.zeros(B, N, M, D, dtype=value.dtype)
+    starts = np.cumsum([0] + [H * W for H, W in shapes])
+    for b, n, m, level, p in np.ndindex(B, N, M, L, P):
+        H, W = shapes[level]
+        maps = value[b, starts[level] : starts[level + 1], m].T.reshape(D, H, W)
+        x, y = locations[b, n, m, level, p].tolist()
+        output[b, n, m] += weights[b, n, m, level, p] * bilinear(maps, x * W - 0.5, y * H - 0.5)
+    return output.flatten(2)
+
+
+def test_deformable_attention_equals_a_loop_over_samples(bilinear):
+    value, locations, weights = attention_inputs()
+    assert ((locations < 0) | (locations > 1)).any()
+    expected = deformable_attention_by_loops(value, SHAPES, locations, weights, bilinear)
+    torch.testing.assert_close(ms_deform_attn(value, SHAPES, locations, weights), expected)
+
+
+def test_deformable_attention_has_the_right_gradients():
+    inputs = [tensor.requires_grad_() for tensor in attention_inputs(B=1, N=2)]
+    assert torch.autograd.gradcheck(lambda v, x, w: ms_deform_attn(v, SHAPES, x, w), inputs)
+
+
+def test_deformable_attention_refuses_shapes_that_do_not_fit_the_value():
+    value, locations, weights = attention_inputs()
+    with pytest.raises(ValueError, match="positions"):
+        ms_deform_attn(value[:, 1:], SHAPES, locations, weights)
+
+
+@pytest.mark.parametrize("num_heads", [1, 4, 8])
+def test_at_first_each_head_looks_in_its_own_direction_and_weighs_all_points_alike(num_heads):
+    L, P = 3, 4
+    module = MSDeformAttn(16, num_heads, L, P)
+    query = torch.randn(5, 16)
+    offsets = module.sampling_offsets(query).view(5, num_heads, L, P, 2)
+    for head, level, point in np.ndindex(num_heads, L, P):
+        angle = 2 * math.pi * head / num_heads
+        direction = torch.tensor([math.cos(angle), math.sin(angle)])
+        expected = (point + 1) * direction / direction.abs().max()
+        torch.testing.assert_close(offsets[:, head, level, point], expected.expand(5, 2))
+        assert offsets[0, head, level, point].abs().max().item() == pytest.approx(point + 1)
+    assert (module.attention_weights(query) == 0).all()
+
+
+@pytest.mark.parametrize("per_level", [False, True])
+def test_deformable_attention_samples_around_its_reference_points(per_level, bilinear):
+    """Location = reference + offset / (W, H) of the level; weights are a softmax over levels and points."""
+    torch.manual_seed(0)
+    B, N, C, M, L, P = 2, 4, 8, 2, len(SHAPES), 2
+    module = MSDeformAttn(C, M, L, P).double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    S = sum(H * W for H, W in SHAPES)
+    query, value = torch.randn(B, N, C).double(), torch.randn(B, S, C).double()
+    reference = torch.rand(B, N, L, 2).double() if per_level else torch.rand(N, 2).double()
+
+    offsets = module.sampling_offsets(query).view(B, N, M, L, P, 2)
+    logits = module.attention_weights(query).view(B, N, M, L * P)
+    weights = (logits.exp() / logits.exp().sum(-1, keepdim=True)).view(B, N, M, L, P)
+    locations = torch.zeros(B, N, M, L, P, 2).double()
+    for b, n, m, level, p in np.ndindex(B, N, M, L, P):
+        H, W = SHAPES[level]
+        start = reference[b, n, level] if per_level else reference[n]
+        locations[b, n, m, level, p] = start + offsets[b, n, m, level, p] / torch.tensor([W, H])
+    heads = module.value_proj(value).view(B, S, M, C // M)
+    expected = deformable_attention_by_loops(heads, SHAPES, locations, weights, bilinear)
+    torch.testing.assert_close(module(query, reference, value, SHAPES), module.output_proj(expected))
+
+
+def test_a_width_that_does_not_divide_into_heads_is_refused():
+    with pytest.raises(ValueError, match="multiple of num_heads"):
+        MSDeformAttn(hidden_dim=10, num_heads=4)
+
+
+# ---------------------------------------------------------------------------------------- positions
+
+
+def test_pixel_centres_run_row_by_row():
+    expected = [((x + 0.5) / 4, (y + 0.5) / 3) for y in range(3) for x in range(4)]
+    torch.testing.assert_close(pixel_centres(3, 4), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("C, H, W", [(8, 3, 5), (32, 7, 4)])
+def test_sine_positions_equal_the_formula_of_detr(C, H, W):
+    """y in the first half of the channels; sine in even channels, cosine in odd ones."""
+    positions = sine_positions(torch.zeros(2, C, H, W, dtype=torch.float64))
+    assert positions.shape == (C, H, W)
+    for c, i, j in np.ndindex(C, H, W):
+        count, size, channel = (i + 1, H, c) if c < C // 2 else (j + 1, W, c - C // 2)
+        angle = 2 * math.pi * count / (size + 1e-6) / 10000 ** (2 * (channel // 2) / (C // 2))
+        expected = math.sin(angle) if channel % 2 == 0 else math.cos(angle)
+        assert positions[c, i, j].item() == pytest.approx(expected, abs=1e-5)
+
+
+# ----------------------------------------------------------------------------- the masked attention
+
+
+def test_attention_mask_equals_a_loop(resize):
+    """A query attends where its resized mask has a probability of at least one half, or everywhere."""
+    logits = torch.tensor(np.random.default_rng(0).normal(size=(2, 3, 6, 9)), dtype=torch.float32)
+    logits[1, 2] = -1
+    size = (3, 4)
+    attend = attention_mask(logits, size)
+    assert attend.shape == (2, 1, 3, 12) and attend.dtype == torch.bool
+    for b, q in np.ndindex(2, 3):
+        resized = resize(logits[b, q].double().numpy(), size)
+        expected = [1 / (1 + math.exp(-x)) >= 0.5 for x in resized.flatten()]
+        assert attend[b, 0, q].tolist() == (expected if any(expected) else [True] * len(expected))
+
+
+def test_a_query_that_masks_everything_attends_everywhere():
+    logits = torch.full((1, 2, 8, 8), -5.0)
+    logits[0, 1, :4] = 5
+    attend = attention_mask(logits, (4, 4))[0, 0].view(2, 4, 4)
+    assert attend[0].all()
+    assert attend[1, :2].all() and not attend[1, 2:].any()
+
+
+def test_a_probability_of_one_half_may_be_attended():
+    assert attention_mask(torch.zeros(1, 1, 4, 4), (2, 2)).all()
+    one_zero = torch.tensor([[[[0.0, -1.0]]]])
+    assert attention_mask(one_zero, (1, 2)).flatten().tolist() == [True, False]
+
+
+def test_attention_masks_carry_no_gradient():
+    logits = torch.randn(1, 2, 8, 8, requires_grad=True)
+    attend = attention_mask(logits, (4, 4))
+    assert not attend.requires_grad and attend.grad_fn is None
+
+
+def test_queries_read_only_where_they_may_attend():
+    """What lies elsewhere may change as it likes; without a mask it would be seen."""
+    torch.manual_seed(0)
+    layer = DecoderLayer(hidden_dim=16, num_heads=4, ffn_dim=8)
+    x, positions = torch.randn(2, 5, 16), torch.randn(5, 16)
+    key, value = torch.randn(2, 12, 16), torch.randn(2, 12, 16)
+    attend = (torch.arange(12) < 7).expand(2, 1, 5, 12)
+    hidden = torch.zeros(12, 1)
+    hidden[7:] = 1
+    changed = key + 3 * hidden, value - 2 * hidden
+    expected = layer(x, positions, key, value, attend)
+    assert torch.equal(layer(x, positions, *changed, attend), expected)
+    everywhere = torch.ones_like(attend)
+    assert not torch.allclose(
+        layer(x, positions, *changed, everywhere), layer(x, positions, key, value, everywhere), atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_equals_that_of_pytorch(masked):
+    torch.manual_seed(0)
+    B, N, S, C, M = 2, 5, 7, 12, 3
+    ours, theirs = Attention(C, M), nn.MultiheadAttention(C, M, batch_first=True)
+    nn.init.normal_(ours.in_proj_bias)
+    nn.init.normal_(ours.out_proj.bias)
+    theirs.load_state_dict(ours.state_dict())
+    query, key, value = torch.randn(B, N, C), torch.randn(B, S, C), torch.randn(B, S, C)
+    attend = forbidden = None
+    if masked:
+        attend = torch.rand(B, 1, N, S) > 0.5
+        attend[..., 0] = True
+        forbidden = ~attend.expand(-1, M, -1, -1).flatten(0, 1)
+    expected, _ = theirs(query, key, value, attn_mask=forbidden, need_weights=False)
+    torch.testing.assert_close(ours(query, key, value, attend), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_decoder_layers_read_stride_32_16_8_in_turn_where_the_last_mask_was(make_model, monkeypatch):
+    seen = []
+
+    def spy(mask_logits, size):
+        seen.append((mask_logits, tuple(size)))
+        return attention_mask(mask_logits, size)
+
+    monkeypatch.setattr(model, "attention_mask", spy)
+    outputs = make_model(decoder_layers=4)(image_batch(1, 64, 96))
+    assert [size for _, size in seen] == [(2, 3), (4, 6), (8, 12), (2, 3)]
+    for (mask_logits, _), prediction in zip(seen, outputs["aux_outputs"], strict=True):
+        assert mask_logits is prediction["pred_masks"]
+
+
+# ---------------------------------------------------------------------------------- the whole model
+
+
+@pytest.mark.parametrize("H, W", [(64, 96), (130, 97), (32, 32), (1, 33)])
+def test_outputs_have_the_documented_shapes_for_any_size(make_model, H, W):
+    outputs = make_model()(image_batch(2, H, W))
+    assert set(outputs) == {"pred_logits", "pred_masks", "aux_outputs"}
+    assert len(outputs["aux_outputs"]) == TINY["decoder_layers"]
+    for prediction in [outputs, *outputs["aux_outputs"]]:
+        assert prediction["pred_logits"].shape == (2, 6, 3 + 1)
+        assert prediction["pred_masks"].shape == (2, 6, 8 * math.ceil(H / 32), 8 * math.ceil(W / 32))
+
+
+def test_bytes_and_floats_give_the_same(make_model):
+    tiny, batch = make_model(), image_batch()
+    for of_bytes, of_floats in zip(flat(tiny(batch)), flat(tiny(batch.float()))):
+        assert torch.equal(of_bytes, of_floats)
+
+
+def test_images_are_normalised_and_then_padded_with_zeros(make_model):
+    """Right and below, and with the mean and standard deviation that were asked for."""
+    tiny = make_model(pixel_mean=[100.0, 110.0, 120.0], pixel_std=[50.0, 60.0, 70.0])
+    seen = []
+    tiny.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    batch = image_batch(1, 50, 40)
+    tiny(batch)
+    assert seen[0].shape == (1, 3, 64, 64)
+    for c, (mean, std) in enumerate([(100, 50), (110, 60), (120, 70)]):
+        torch.testing.assert_close(seen[0][0, c, :50, :40], (batch[0, c].float() - mean) / std)
+    assert (seen[0][..., 50:, :] == 0).all() and (seen[0][..., 40:] == 0).all()
+
+
+@pytest.mark.parametrize("norm", ["group", "frozen"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_equals_its_images_one_by_one(make_model, norm, training):
+    tiny, batch = make_model(norm=norm).train(training), image_batch(3, 70, 64)
+    together = flat(tiny(batch))
+    for b in range(3):
+        for expected, whole in zip(flat(tiny(batch[b : b + 1])), together):
+            torch.testing.assert_close(whole[b], expected[0], atol=1e-5, rtol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient(make_model):
+    tiny = make_model(decoder_layers=3)
+    with torch.no_grad():  # away from the initial zeros, through which no gradient flows
+        for parameter in tiny.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    sum(tensor.sum() for tensor in flat(tiny(image_batch()))).backward()
+    for name, parameter in tiny.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+def test_frozen_norms_have_nothing_to_learn_and_keep_their_statistics(make_model):
+    tiny = make_model(norm="frozen").train()
+    before = {name: value.clone() for name, value in tiny.state_dict().items()}
+    tiny(image_batch())
+    assert all(torch.equal(before[name], value) for name, value in tiny.state_dict().items())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in tiny.modules())
+
+
+@pytest.mark.parametrize(
+    "changes, found",
+    [
+        (dict(backbone="vit_tiny_patch16_224", backbone_args=None), "strides"),
+        (dict(backbone_args={**TINY["backbone_args"], "output_stride": 16}), "strides"),
+        (dict(backbone="resnet_of_my_dreams"), "resnet_of_my_dreams"),
+        (dict(norm="layer"), "'layer'"),
+        (dict(hidden_dim=30), "num_heads"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(make_model, changes, found):
+    with pytest.raises(ValueError, match=found):
+        make_model(**changes)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 4, 64, 64), (1, 64, 64, 3)])
+def test_images_of_another_form_are_refused(make_model, shape):
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
+        make_model()(torch.zeros(shape))
+
+
+SWIN = dict(
+    backbone="swin_tiny_patch4_window7_224",
+    norm="frozen",
+    backbone_args=dict(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 4)),
+)
+
+
+def test_swin_takes_images_of_the_size_it_was_made_for(make_model):
+    swin = make_model(**{**SWIN, "backbone_args": {**SWIN["backbone_args"], "img_size": 64}})
+    assert swin(image_batch(2, 64, 64))["pred_masks"].shape == (2, 6, 16, 16)
+
+
+@pytest.mark.parametrize("H, W", [(64, 64), (130, 97)])
+def test_swin_takes_images_of_any_size(make_model, H, W):
+    swin = make_model(**SWIN)
+    outputs = swin(image_batch(2, H, W))
+    assert outputs["pred_masks"].shape == (2, 6, 8 * math.ceil(H / 32), 8 * math.ceil(W / 32))
+
+
+def test_a_state_dict_rebuilds_the_same_outputs(make_model, tmp_path):
+    first, second, batch = make_model(seed=1), make_model(seed=2), image_batch()
+    assert not torch.equal(flat(first(batch))[-1], flat(second(batch))[-1])
+    torch.save(first.state_dict(), tmp_path / "model.pt")
+    second.load_state_dict(torch.load(tmp_path / "model.pt"))
+    for expected, found in zip(flat(first(batch)), flat(second(batch))):
+        assert torch.equal(expected, found)
+
+
+def test_local_backbone_weights_are_read(make_model, tmp_path):
+    """A file of timm's names, without a download."""
+    names = dict(norm="batch", backbone_args=TINY["backbone_args"])
+    first = make_model(seed=1, **names)
+    torch.save(first.backbone.state_dict(), tmp_path / "weights.pt")
+    second = make_model(seed=2, backbone_weights=str(tmp_path / "weights.pt"), **names)
+    for name, value in first.backbone.state_dict().items():
+        assert torch.equal(value, second.backbone.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "file, names",
+    [
+        ("model.py", "Mask2Former, ms_deform_attn"),
+        ("matcher.py", "HungarianMatcher, SetCriterion"),
+        ("data.py", "CocoDataset, stream"),
+    ],
+)
+def test_a_module_can_be_copied_out_alone(tmp_path, file, names):
+    shutil.copy(Path(model.__file__).parent / file, tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", f"from {file.removesuffix('.py')} import {names}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_model_is_seeded_by_torch_alone(make_model):
+    first, second = make_model(seed=3), make_model(seed=3)
+    assert isinstance(first, Mask2Former)
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values()):
+        assert torch.equal(a, b), name

@@ -1,0 +1,359 @@
+"""The commands as a user runs them, on a tiny dataset, and what holds over whole runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import burnin
+import distill
+import engine
+from data import CocoDataset, View, Views, write_shapes
+from evaluate import evaluate
+from matcher import SetCriterion
+from model import Mask2Former
+
+ROOT = Path(__file__).parent.parent
+TINY = [
+    "--preset",
+    "shapes",
+    "--ratio",
+    "0.5",
+    "--crop",
+    "64,64",
+    "--num-queries",
+    "6",
+    "--hidden-dim",
+    "32",
+    "--encoder-ffn",
+    "32",
+    "--decoder-layers",
+    "2",
+    "--decoder-ffn",
+    "32",
+    "--num-points",
+    "64",
+    "--batch",
+    "2",
+    "--log-every",
+    "1",
+    "--save-every",
+    "2",
+    "--score-threshold",
+    "0.3",
+] + ["--backbone-args", '{"stem_type": "", "channels": [16, 16, 32, 32]}']
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    write_shapes(folder, num_train=12, num_val=4, size=64)
+    return folder
+
+
+def command(script, *flags, processes=1):
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, str(script), *map(str, flags)]
+
+
+def run(script, *flags, processes=1, code=0, cwd=ROOT):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    arguments = command(script, *flags, processes=processes)
+    done = subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def train(tiny, out, *flags, **how):
+    return run(ROOT / "distill.py", "--data", tiny, *TINY, "--out", out, *flags, **how)
+
+
+def same(a, b):
+    """Bit-equal, however nested."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """The output folder of an uninterrupted run, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    return out, train(tiny, out, "--steps", "5").stdout
+
+
+def test_distill_runs_the_three_phases_and_shows_table_and_picture(finished):
+    out, printed = finished
+    for words in ("phase 1 of 3", "phase 2 of 3", "phase 3 of 3", "12 training images, 6 of them labelled"):
+        assert words in printed
+    assert all((out / name).exists() for name in ("teacher.pt", "burnin.pt", "distill.pt", "predictions.png"))
+    assert not list(out.glob("*.partial.pt"))
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["phase"] == "burnin" and "loss" in r] == [1, 2, 3, 4, 5]
+    assert any("pseudo_labels" in record for record in records)
+
+
+def test_run_again_it_says_that_all_is_done_and_repeats_the_table(tiny, finished):
+    out, printed = finished
+    again = train(tiny, out, "--steps", "5").stdout
+    assert "all phases are done" in again and "phase 1" not in again
+    table = printed[printed.index("mask AP") : printed.index("picture")]
+    assert table in again
+
+
+def test_evaluate_prints_ap_of_student_and_teacher_by_size_and_class(tiny, finished, tmp_path):
+    out, _ = finished
+    file = tmp_path / "ap.json"
+    printed = run(ROOT / "evaluate.py", out / "distill.pt", "--data", tiny, "--json", file).stdout
+    for word in ("student", "teacher", "AP50", "AP75", "APs", "APm", "APl", "circle", "star"):
+        assert word in printed
+    aps = json.loads(file.read_text())
+    assert aps["student"] == engine.load_checkpoint(out / "distill.pt")["ap"]
+    assert aps["teacher"] == engine.load_checkpoint(out / "distill.pt")["teacher_ap"]
+
+
+def test_the_student_of_phase_2_is_fresh_and_phase_3_begins_with_two_copies(finished):
+    out, _ = finished
+    teacher, burnt_in, last = (
+        engine.load_checkpoint(out / f"{phase}.pt") for phase in ("teacher", "burnin", "distill")
+    )
+    assert same(burnt_in["teacher"], teacher["student"]), "the teacher of phase 2 must not change"
+    assert not same(last["teacher"], burnt_in["student"]) and not same(last["teacher"], last["student"])
+    steps = [state["step"].item() for state in last["optimizer"]["state"].values()]
+    assert set(steps) == {10}, "phases 2 and 3 are one run of the optimiser"
+
+
+@pytest.mark.parametrize("cut", ["teacher 3/5", "burnin 2/5", "distill 4/5"])
+def test_a_run_cut_short_goes_on_and_ends_bit_equal(tiny, finished, tmp_path, cut):
+    flags = command(ROOT / "distill.py", "--data", tiny, *TINY, "--out", tmp_path, "--steps", "5")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(flags, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith(cut):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 143 and "the same command goes on from here" in rest
+    assert "resumed at step" in train(tiny, tmp_path, "--steps", "5").stdout
+    for phase in ("teacher", "burnin", "distill"):
+        whole, parts = (engine.load_checkpoint(out / f"{phase}.pt") for out in (finished[0], tmp_path))
+        for entry in ("student", "teacher", "optimizer", "ap"):
+            assert same(whole[entry], parts[entry]), f"{entry} of {phase}"
+
+
+def test_a_killed_run_goes_on_from_the_last_saved_step_and_ends_bit_equal(tiny, finished, tmp_path):
+    flags = command(ROOT / "distill.py", "--data", tiny, *TINY, "--out", tmp_path, "--steps", "5")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(flags, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("distill 3/5"):
+            process.kill()
+            break
+    process.stdout.close()
+    process.wait(60)
+    printed = train(tiny, tmp_path, "--steps", "5").stdout
+    assert "distill: resumed at step 2 of 5" in printed and "phase 1" not in printed
+    whole, parts = (engine.load_checkpoint(out / "distill.pt") for out in (finished[0], tmp_path))
+    assert same(whole["student"], parts["student"]) and same(whole["teacher"], parts["teacher"])
+
+
+SAVE_EVERY_RANK = """
+import torch, distill, engine
+original = engine.Run.finish
+def finish(run, **results):
+    torch.save([run.model.state_dict(), run.teacher and run.teacher.state_dict(), results], f"{run.cfg.out}/{run.phase}.rank{engine.rank()}")
+    original(run, **results)
+engine.Run.finish = finish
+distill.main(engine.parse_config(distill.Config, distill.PRESETS))
+"""  # noqa: E501
+
+
+def test_two_processes_end_with_the_same_weights(tiny, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SAVE_EVERY_RANK)
+    out = tmp_path / "out"
+    printed = run(
+        script, "--data", tiny, *TINY, "--out", out, "--steps", "3", "--device", "cpu", processes=2
+    ).stdout
+    assert printed.count("picture:") == 1, "rank 0 alone speaks"
+    for phase in ("teacher", "burnin", "distill"):
+        first, second = (torch.load(out / f"{phase}.rank{rank}", weights_only=True) for rank in (0, 1))
+        assert same(first, second), phase
+
+
+ONE_STEP = """
+import sys, torch, burnin, engine, matcher
+def grid(*size, device=None):  # the same points for every object, however the batch is divided
+    side = int(size[-2] ** 0.5) + 1
+    centres = (torch.arange(side) + 0.5) / side
+    points = torch.cartesian_prod(centres, centres)
+    return points[: size[-2]].expand(*size)
+class torch_with_grid:
+    def __getattr__(self, name):
+        return grid if name == "rand" else getattr(torch, name)
+matcher.torch = torch_with_grid()
+cfg = engine.parse_config(burnin.Config, burnin.PRESETS, sys.argv[2:])
+setting = burnin.Setting(cfg)
+run = engine.Run(cfg, "x", setting.fresh_model("student"), setting.device, 1, (0, 1))
+teacher = setting.fresh_model("teacher")
+generator = torch.Generator().manual_seed(0)
+def batch():
+    items = []
+    for _ in range(4):
+        corner = torch.randint(0, 40, (3, 2), generator=generator).tolist()
+        masks = torch.zeros(3, 64, 64, dtype=torch.bool)
+        for mask, (y, x) in zip(masks, corner):
+            mask[y : y + 20, x : x + 24] = True
+        image = torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8, generator=generator)
+        items.append(dict(image=image, strong=255 - image, labels=torch.tensor([0, 1, 2]), masks=masks))
+    return items[engine.rank() :: engine.world_size()]
+burnin.pseudo_labels = lambda outputs, *_: [item for item in pseudo]
+labelled, pseudo = batch(), batch()
+criterion, device = setting.criterion, setting.device
+losses, guided, _ = burnin.guided_step(run.student, teacher, criterion, labelled, pseudo, cfg, device)
+run.update(sum(losses.values()) + 2 * sum(guided.values()))
+if engine.rank() == 0:
+    torch.save([{n: p.grad for n, p in run.model.named_parameters()}, run.model.state_dict()], sys.argv[1])
+"""
+
+
+def test_one_step_of_two_processes_equals_one_step_of_one(tiny, tmp_path):
+    """Half the batch each, the same objects in either half: gradients and weights agree."""
+    script = tmp_path / "script.py"
+    script.write_text(ONE_STEP)
+    for processes in (1, 2):
+        flags = [tmp_path / f"{processes}.pt", "--data", tiny, *TINY, "--device", "cpu", "--clip", "0"]
+        run(script, *flags, "--out", tmp_path / "out", processes=processes, cwd=tmp_path)
+    (one, one_after), (two, two_after) = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5 * max(1, one[name].abs().max()))
+    assert not same(one_after, two_after) or same(one, two), "the two really ran apart"
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--ratio", "5"], "--ratio 5 must be in (0, 1]"),
+        (["--ratio", "nan"], "must be in (0, 1]"),
+        (["--ratio", "many"], "argument --ratio: invalid float value: 'many'"),
+        (["--data", "nonsense"], "'nonsense' is neither shapes, coco nor a folder"),
+        (["--bakbone", "resnet50"], "unrecognized arguments: --bakbone resnet50; did you mean --backbone?"),
+        (["--backb", "resnet50"], "unrecognized arguments: --backb"),
+        (["--backbone", "resnet5"], "unknown backbone 'resnet5'"),
+        (["--preset", "coca"], "unknown preset 'coca': one of shapes, coco, cityscapes"),
+        (["--norm", "layer"], "unknown norm 'layer'"),
+        (["--schedule", "linear"], "unknown schedule 'linear': one of poly, step, cosine"),
+        (["--steps", "1,2"], "--steps is one number or three"),
+        (["--crop", "65,64"], "multiples of 32"),
+        (["--data", "coco", "--root", "/nowhere"], "no annotation file"),
+        (["--teacher", "missing.pt"], "no checkpoint 'missing.pt'"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_one_line_and_exit_code_2(tiny, tmp_path, capsys, flags, words):
+    arguments = ["--data", str(tiny), *TINY, "--out", str(tmp_path / "out"), "--steps", "1", *flags]
+    with pytest.raises(SystemExit) as stopped:
+        distill.cli(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error
+
+
+def test_bad_flags_end_the_real_command_with_one_line():
+    done = run(ROOT / "distill.py", "--ratio", "5", code=2)
+    assert done.stderr == "error: --ratio 5 must be in (0, 1]; 5 % is 0.05\n" and done.stdout == ""
+
+
+def test_an_output_folder_of_other_settings_is_refused(tiny, finished, capsys):
+    out, _ = finished
+    with pytest.raises(SystemExit) as stopped:
+        distill.cli(["--data", str(tiny), *TINY, "--out", str(out), "--steps", "5", "--seed", "1"])
+    assert stopped.value.code == 2
+    assert "made with other settings (seed 0, now 1)" in capsys.readouterr().err
+
+
+def test_labels_only_trains_for_the_steps_of_all_phases(tiny, finished, tmp_path):
+    printed = train(tiny, tmp_path, "--steps", "2,1,1", "--labels-only").stdout
+    assert "labels_only 4/4" in printed and "phase 2" not in printed
+    assert (tmp_path / "labels_only.pt").exists() and not (tmp_path / "teacher.pt").exists()
+
+
+def test_a_flag_overrides_the_preset_and_the_preset_the_default():
+    def parse(*flags):
+        return engine.parse_config(distill.Config, distill.PRESETS, flags)
+
+    assert parse("--data", "coco").lr == 1e-4 and parse().lr == distill.PRESETS["shapes"]["lr"]
+    assert parse("--lr", "0.5").lr == 0.5
+    assert parse("--data", "somewhere").crop == (1024, 1024), "a folder of one's own takes COCO's preset"
+    assert parse("--data", "somewhere", "--preset", "cityscapes").crop == (512, 1024)
+    assert parse("--steps", "300").steps == (300, 300, 300)
+    assert parse("--data", "a/b/", "--ratio", "0.25").out == "runs/b-0.25"
+
+
+def test_learning_rate_schedules_are_fractions_of_the_run():
+    assert engine.lr_factor("poly", 0.5) == 0.5**0.9
+    assert [round(engine.lr_factor("step", p), 6) for p in (0, 0.88, 0.89, 0.97)] == [1, 1, 0.1, 0.01]
+    assert engine.lr_factor("cosine", 1.0) == 0 and engine.lr_factor("cosine", 0.0) == 1
+    assert engine.lr_factor("cosine", 0.05, warmup=0.1) == 0.5
+
+
+def test_every_parameter_is_in_one_of_few_groups():
+    model = Mask2Former(3, "resnet10t", norm="group", hidden_dim=32, encoder_layers=1, decoder_layers=1)
+    groups = engine.make_optimizer(model, 1.0, 0.05, 0.1).param_groups
+    assert len(groups) < 10
+    where = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(where) == sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    assert where[id(model.backbone.conv1[0].weight)] == (0.1, 0.05)
+    assert where[id(model.decoder.class_head.bias)] == (1.0, 0.05)
+    assert where[id(model.pixel_decoder.level_embed)] == (1.0, 0.05), "a bare parameter decays, as officially"
+    for exempt in (
+        model.decoder.norm.weight,
+        model.decoder.query_features.weight,
+        model.decoder.level_embed.weight,
+    ):
+        assert where[id(exempt)] == (1.0, 0.0)
+
+
+def test_a_checkpoint_that_is_damaged_or_foreign_is_named(tmp_path):
+    for name, content in (("text.pt", b"hello"), ("empty.pt", b"")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            engine.load_checkpoint(tmp_path / name)
+    torch.save({"weights": 1}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="not a checkpoint of this project"):
+        engine.load_checkpoint(tmp_path / "other.pt")
+
+
+def test_four_images_are_learnt_by_heart(tmp_path):
+    """Over-fitted to AP above 90: every part, from file to AP, fits together."""
+    write_shapes(tmp_path / "four", num_train=4, num_val=1, size=96, seed=1)
+    dataset = CocoDataset(tmp_path / "four/instances_train.json", tmp_path / "four/images")
+    preset = burnin.PRESETS["shapes"]
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    names = "backbone backbone_args norm num_queries hidden_dim encoder_layers encoder_ffn"
+    names += " decoder_layers decoder_ffn"
+    model = Mask2Former(4, **{name: preset[name] for name in names.split()})
+    criterion = SetCriterion(4, num_points=256)
+    views = Views(dataset, View(crop=(96, 96), scale=(1.0, 1.0), flip=False))
+    batch = [views[image_id, 0] for image_id in dataset.image_ids]
+    images = torch.stack([item["image"] for item in batch])
+    optimizer = engine.make_optimizer(model, 1e-3, 0.05, 1.0)
+    for step in range(300):
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * engine.lr_factor("cosine", step / 300, 0.05)
+        optimizer.zero_grad()
+        sum(criterion(model(images), batch).values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    assert evaluate(model, dataset)["AP"] > 90
