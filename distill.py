@@ -33,7 +33,7 @@ class Config(burnin.Config):
 
 
 PRESETS = {
-    "shapes": {**burnin.PRESETS["shapes"], "ema_decay": 0.99},
+    "shapes": {**burnin.PRESETS["shapes"], "ema_decay": 0.998},
     "coco": burnin.PRESETS["coco"],
     "cityscapes": burnin.PRESETS["cityscapes"],
 }
