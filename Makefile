@@ -2,7 +2,7 @@
 PYTHON ?= python3
 
 demo: .venv/installed
-	.venv/bin/python distill.py --data shapes --ratio 0.1
+	.venv/bin/python distill.py --data shapes --ratio 0.02
 
 test: .venv/installed-tests
 	.venv/bin/python -m pytest -q tests

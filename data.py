@@ -52,18 +52,21 @@ class CocoDataset:
         if not self.json_file.is_file():
             raise ValueError(f"no annotation file {str(json_file)!r}")
         try:
-            content = json.loads(self.json_file.read_text())
+            content = json.loads(self.json_file.read_text(encoding="utf-8"))
             categories = sorted(content["categories"], key=lambda category: category["id"])
             self.category_ids = [category["id"] for category in categories]
             self.class_names = [category["name"] for category in categories]
             self.images = {image["id"]: image for image in content["images"]}
             self.image_ids = sorted(self.images)
             self.annotations = {image_id: [] for image_id in self.image_ids}
+            self.label_of = {category_id: label for label, category_id in enumerate(self.category_ids)}
             for annotation in content["annotations"]:
                 self.annotations[annotation["image_id"]].append(annotation)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+                self.label_of[annotation["category_id"]], annotation["segmentation"]  # a KeyError if missing
+            for image in self.images.values():
+                image["height"], image["width"], image["file_name"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{json_file} is not a COCO instances file: {error!r}") from None
-        self.label_of = {category_id: label for label, category_id in enumerate(self.category_ids)}
         missing = [image["file_name"] for image in self.images.values() if not self.path(image).is_file()]
         if missing:
             raise ValueError(
@@ -208,7 +211,9 @@ class Geometry:
                 if self.flip:
                     corners[:, 0] = self.window[1] - corners[:, 0]
                 polygons.append(corners.flatten().tolist())
-            return rle_tools.decode(to_rle(polygons, *self.crop)).astype(bool)
+            mask = rle_tools.decode(to_rle(polygons, *self.crop)).astype(bool)
+            mask[self.window[0] :] = mask[:, self.window[1] :] = False  # of a polygon that leaves its image
+            return mask
         full = Image.fromarray(rle_tools.decode(to_rle(segmentation, H, W)))
         mask = np.zeros(self.crop, dtype=bool)
         mask[: self.window[0], : self.window[1]] = np.asarray(self.cut(full, Image.Resampling.NEAREST))
@@ -304,6 +309,7 @@ def stream(
             num_workers=workers,
             collate_fn=list,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # or it would draw from the global one
         )
     )
 
@@ -359,10 +365,10 @@ def repeat_factors(dataset: CocoDataset, image_ids, threshold: float) -> list[fl
 
 def test_size(H: int, W: int, short_side: int = 800, long_side: int = 1333) -> tuple[int, int]:
     """(H, W) of an image at test time: the shorter side becomes short_side unless the longer one would pass
-    long_side. 0 keeps the size."""
+    long_side (0: no limit). A short_side of 0 keeps the size."""
     if not short_side:
         return H, W
-    factor = min(short_side / min(H, W), long_side / max(H, W))
+    factor = min(short_side / min(H, W), (long_side or math.inf) / max(H, W))
     return round(H * factor), round(W * factor)
 
 

@@ -64,6 +64,8 @@ class Mask2Former(nn.Module):
         pixel_std: list[float] | None = None,
     ):
         super().__init__()
+        if hidden_dim % 4 or hidden_dim % num_heads:
+            raise ValueError(f"hidden_dim {hidden_dim} must be a multiple of 4 and of num_heads, {num_heads}")
         self.backbone = build_backbone(backbone, pretrained, backbone_weights, norm, **(backbone_args or {}))
         channels = self.backbone.feature_info.channels()
         self.pixel_decoder = PixelDecoder(channels, hidden_dim, num_heads, encoder_layers, encoder_ffn)
@@ -87,7 +89,7 @@ class Mask2Former(nn.Module):
         images = (images - self.pixel_mean) / self.pixel_std
         images = F.pad(images, (0, -images.shape[3] % 32, 0, -images.shape[2] % 32))
         features = self.backbone(images)
-        if str(getattr(self.backbone, "output_fmt", "NCHW")) == "NHWC":  # Swin
+        if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":  # Swin
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         mask_features, levels = self.pixel_decoder(features)
         return self.decoder(levels, mask_features)
@@ -98,6 +100,8 @@ def build_backbone(name, pretrained=False, weights=None, norm="frozen", **kwargs
     name = BACKBONES.get(name, name)
     if not timm.is_model(name):
         raise ValueError(f"unknown backbone {name!r}: one of {', '.join(BACKBONES)}, or any timm model")
+    if name.startswith("swin"):
+        kwargs = {"strict_img_size": False, **kwargs}  # any image size, not only that of the pretraining
     with torch.device("meta"):  # a look at the strides, without weights
         strides = timm.create_model(name, features_only=True, **kwargs).feature_info.reduction()
     if not set(STRIDES) <= set(strides):
@@ -118,14 +122,16 @@ def build_backbone(name, pretrained=False, weights=None, norm="frozen", **kwargs
 
 
 def _replace_batch_norm(module: nn.Module) -> None:
-    """Every batch norm of the module, in place, by a group norm of eight channels a group."""
+    """Every batch norm of the module, in place, by a group norm of eight channels a group if that divides."""
     for name, child in module.named_children():
         if isinstance(child, timm.layers.BatchNormAct2d):
-            group_norm = timm.layers.GroupNormAct(child.num_features, group_size=8)
+            size = math.gcd(8, child.num_features)
+            group_norm = timm.layers.GroupNormAct(child.num_features, group_size=size)
             group_norm.drop, group_norm.act = child.drop, child.act
             setattr(module, name, group_norm)
         elif isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, nn.GroupNorm(child.num_features // 8, child.num_features))
+            size = math.gcd(8, child.num_features)
+            setattr(module, name, nn.GroupNorm(child.num_features // size, child.num_features))
         else:
             _replace_batch_norm(child)
 

@@ -150,6 +150,7 @@ def test_a_missing_annotation_file_is_named(tmp_path):
 
 BROKEN = {
     "not JSON": '{"images": [',
+    "not text": b"\xff\xfe\x00",
     "an empty file": "",
     "a list": "[]",
     "no categories": '{"images": [], "annotations": []}',
@@ -161,7 +162,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
 def test_a_broken_annotation_file_is_named(tmp_path, content):
-    (tmp_path / "broken.json").write_text(content)
+    (tmp_path / "broken.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=r"broken\.json"):
         CocoDataset(tmp_path / "broken.json", tmp_path)
 
