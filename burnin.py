@@ -83,7 +83,12 @@ class Config:
     warmup: float = knob(0.0, "share of a run over which the learning rate rises from zero")
     batch: int = knob(16, "labelled images a step, and as many unlabelled ones, over all processes")
     num_points: int = knob(12544, "points on which masks are compared, in matching and losses")
-    steps: tuple = knob((25_000, 25_000, 343_750), "of teacher burn-in, guided burn-in, distillation")
+    loss_weights: tuple = knob((2.0, 5.0, 5.0), "of class, mask BCE and dice, in matching and losses")
+    no_object_weight: float = knob(0.1, 'weight of the class "no object" in the classification loss')
+    steps: tuple = knob(
+        (25_000, 25_000, 343_750),
+        "of teacher burn-in (ours; the paper does not say), guided burn-in, distillation",
+    )
     labels_only: bool = knob(
         False, "the control: the teacher's training alone, for the steps of all three phases"
     )
@@ -243,29 +248,31 @@ class Setting:
         self.device = engine.start_processes(cfg.device)
         if cfg.batch % engine.world_size():
             raise ValueError(f"--batch {cfg.batch} does not divide by {engine.world_size()} processes")
+        if cfg.norm == "batch" and engine.world_size() > 1 and self.device.type != "cuda":
+            raise ValueError(
+                "--norm batch is synchronised on GPUs only; on several CPUs take group or frozen"
+            )
         with engine.rank_zero_first():
             self.train, self.val = load_data(cfg.data, cfg.root or None)
             Path(cfg.out).mkdir(parents=True, exist_ok=True)
         self.labelled = labelled_split(self.train.image_ids, cfg.ratio, cfg.seed)
         self.num_classes = len(self.train.class_names)
-        self.model_args = {
+        names = "backbone backbone_args norm num_queries hidden_dim"
+        names += " encoder_layers encoder_ffn decoder_layers decoder_ffn"
+        self.model_args = {name: getattr(cfg, name) for name in names.split()} | {
             "num_classes": self.num_classes,
-            "backbone": cfg.backbone,
-            "backbone_args": cfg.backbone_args,
             "pixel_mean": list(cfg.pixel_mean) or None,
             "pixel_std": list(cfg.pixel_std) or None,
-            **{
-                name: getattr(cfg, name)
-                for name in ("norm", "num_queries", "hidden_dim", "encoder_layers", "encoder_ffn")
-                + ("decoder_layers", "decoder_ffn")
-            },
         }
         self.describe = {
             "model_args": self.model_args,
             "class_names": self.train.class_names,
             "split": split_hash(self.labelled),
         }
-        self.criterion = SetCriterion(self.num_classes, num_points=cfg.num_points).to(self.device)
+        weights = dict(zip(("weight_class", "weight_mask", "weight_dice"), cfg.loss_weights, strict=True))
+        self.criterion = SetCriterion(
+            self.num_classes, **weights, no_object_weight=cfg.no_object_weight, num_points=cfg.num_points
+        ).to(self.device)
         self.view = View(cfg.crop, cfg.scale, cfg.short_side, colour=cfg.colour, blur=cfg.blur)
         with torch.device("meta"):
             Mask2Former(**self.model_args)
@@ -379,9 +386,9 @@ def load_teacher(cfg, setting) -> dict:
     return checkpoint
 
 
-def main_losses(losses: dict, prefix: str = "") -> dict:
+def main_losses(losses: dict) -> dict:
     """Those of the last decoder layer, for the log."""
-    return {prefix + name: losses[name] for name in ("loss_ce", "loss_mask", "loss_dice")}
+    return {name: losses[name] for name in ("loss_ce", "loss_mask", "loss_dice")}
 
 
 def log_guided(run, losses, guided_losses, pseudo) -> None:

@@ -81,35 +81,24 @@ def distill(cfg: Config, setting: Setting) -> None:
 
 def summary(cfg: Config, setting: Setting) -> None:
     """The table of all phases, and a picture of teacher and student on the same images."""
-    out = Path(cfg.out)
-    load = engine.load_checkpoint
-    last = load(out / "distill.pt")
-    columns = {"teacher": load(cfg.teacher or out / "teacher.pt")["ap"]}
+    out, device = Path(cfg.out), setting.device
+    first = engine.load_checkpoint(cfg.teacher or out / "teacher.pt")
+    last = engine.load_checkpoint(out / "distill.pt")
+    columns = {"teacher": first["ap"]} if "ap" in first else {}  # one's own may come without
     if engine.finished(cfg, "labels_only"):
-        columns["labels only"] = load(out / "labels_only.pt")["ap"]
-    columns |= {
-        "burnt-in": load(out / "burnin.pt")["ap"],
-        "student": last["ap"],
-        "EMA teacher": last["teacher_ap"],
-    }
+        columns["labels only"] = engine.load_checkpoint(out / "labels_only.pt")["ap"]
+    columns["burnt-in"] = engine.load_checkpoint(out / "burnin.pt")["ap"]
+    columns |= {"student": last["ap"], "EMA teacher": last["teacher_ap"]}
     say(
         f"\nmask AP on {len(setting.val)} images, after training with {len(setting.labelled)} labelled ones\n"
     )
-    say(ap_table(columns))
+    say(ap_table(columns, by_class=len(setting.val.class_names) <= 10))
     if engine.rank() == 0:
-        first = load(cfg.teacher or out / "teacher.pt")
         models = {
-            "teacher": load_model(first, "student", setting.device),
-            "student": load_model(last, "student", setting.device),
+            name: load_model(c, "student", device) for name, c in (("teacher", first), ("student", last))
         }
-        compare(
-            models,
-            setting.val,
-            out / "predictions.png",
-            setting.device,
-            short_side=cfg.test_short_side,
-            long_side=cfg.test_long_side,
-        )
+        sizes = dict(short_side=cfg.test_short_side, long_side=cfg.test_long_side)
+        compare(models, setting.val, out / "predictions.png", device, **sizes)
         say(f"\npicture: {out / 'predictions.png'}")
 
 

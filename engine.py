@@ -229,9 +229,7 @@ class Run:
             say(f"{phase}: resumed at step {self.first_step} of {steps} from {self.partial}")
         self.student = student
         if world_size() > 1:
-            if any(isinstance(module, nn.BatchNorm2d) for module in student.modules()):
-                if device.type != "cuda":
-                    raise ValueError("--norm batch with several processes needs GPUs; take group or frozen")
+            if device.type == "cuda":
                 self.model = nn.SyncBatchNorm.convert_sync_batchnorm(student)
             ids = [device.index] if device.type == "cuda" else None
             self.student = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
