@@ -57,7 +57,7 @@ class Config:
     # model
     backbone: str = knob(
         "resnet50",
-        "resnet50, resnet101, swin_t, swin_s, swin_b, swin_l, or any timm model with strides 4 to 32",
+        "resnet50, resnet101, swin_t, swin_s, swin_b, swin_l, deit_b, dinov2_b, dinov2_l, or any timm model",
     )
     pretrained: bool = knob(True, "start from timm's ImageNet weights (downloads them)")
     backbone_weights: str = knob("", "start from this file of timm's names instead")

@@ -182,25 +182,25 @@ def _number(value: float) -> str:
     return "-" if value < 0 else f"{value:.1f}"
 
 
-COLOURS = [(230, 60, 60), (60, 140, 240), (60, 190, 90), (245, 170, 40), (170, 90, 220), (40, 200, 200)]
+COLOURS = [(255, 255, 255), (255, 220, 60), (90, 220, 255), (255, 130, 200), (140, 255, 140), (255, 160, 80)]
 
 
-def draw_instances(image: Image.Image, masks, names: list[str], scale: int = 1) -> Image.Image:
-    """The image, `scale` times as large, under coloured masks (N, H, W) bool with their outlines and
-    names."""
+def draw_instances(image: Image.Image, masks, names, scale: int = 1) -> Image.Image:
+    """The image, `scale` times as large. Masks (N, H, W) bool, if given, are outlined and named, and the
+    rest is dimmed."""
     pixels = np.asarray(image.resize((image.width * scale, image.height * scale))).astype(float)
-    masks = [np.kron(np.asarray(mask), np.ones((scale, scale), dtype=bool)) for mask in masks]
-    for number, mask in enumerate(masks):
-        colour = np.array(COLOURS[number % len(COLOURS)])
-        pixels[mask] = 0.6 * pixels[mask] + 0.4 * colour
+    if masks is not None:
+        masks = [np.kron(np.asarray(mask), np.ones((scale, scale), dtype=bool)) for mask in masks]
+        pixels[~np.any([np.zeros(pixels.shape[:2], dtype=bool), *masks], axis=0)] *= 0.35
+    for number, mask in enumerate(masks or []):
         inner = mask.copy()
         for axis in (0, 1):
             for shift in (-1, 1):
                 inner &= np.roll(mask, shift, axis)
-        pixels[mask & ~inner] = colour
+        pixels[mask & ~inner] = COLOURS[number % len(COLOURS)]
     picture = Image.fromarray(pixels.astype(np.uint8))
     draw = ImageDraw.Draw(picture)
-    for mask, name in zip(masks, names):
+    for mask, name in zip(masks or [], names):
         if mask.any():
             y, x = (int(values.mean()) for values in np.nonzero(mask))
             draw.text((x, y), name, fill="white", anchor="mm", stroke_width=1, stroke_fill="black")
@@ -208,7 +208,7 @@ def draw_instances(image: Image.Image, masks, names: list[str], scale: int = 1) 
 
 
 def compare(
-    models: dict, dataset: CocoDataset, path, device, *, count=8, threshold=0.5, short_side=0, long_side=0
+    models: dict, dataset: CocoDataset, path, device, *, count=6, threshold=0.5, short_side=0, long_side=0
 ) -> None:
     """Writes a picture: for `count` images a row of the image, its ground truth, and what each of the named
     models sees."""
@@ -218,7 +218,7 @@ def compare(
         scale = max(1, 240 // max(size))
         masks = [rle_tools.decode(to_rle(o["segmentation"], *size)) > 0 for o in dataset.objects(image_id)]
         names = [dataset.class_names[label] for label in dataset.labels(image_id)]
-        row = [draw_instances(image, [], [], scale), draw_instances(image, masks, names, scale)]
+        row = [draw_instances(image, None, None, scale), draw_instances(image, masks, names, scale)]
         resized = image.resize(test_size(*size, short_side, long_side)[::-1], Image.Resampling.BILINEAR)
         for model in models.values():
             found = predict(model.eval(), [to_tensor(resized)], [size], device)[0]

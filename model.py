@@ -14,10 +14,12 @@ queries, M heads, D = C/M, L levels (strides 32, 16, 8 in this order), P points,
 levels, N queries of an attention."""
 
 import math
+import re
 
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 STRIDES = (4, 8, 16, 32)
@@ -28,6 +30,9 @@ BACKBONES = {  # the paper's names, and the timm models with the paper's pretrai
     "swin_s": "swin_small_patch4_window7_224.ms_in1k",
     "swin_b": "swin_base_patch4_window12_384.ms_in22k",
     "swin_l": "swin_large_patch4_window12_384.ms_in22k",
+    "deit_b": "deit_base_patch16_384.fb_in1k",
+    "dinov2_b": "vit_base_patch14_dinov2.lvd142m",
+    "dinov2_l": "vit_large_patch14_dinov2.lvd142m",
 }
 
 
@@ -35,7 +40,7 @@ class Mask2Former(nn.Module):
     """Images in, a class and a mask for each of Q queries out.
 
     num_classes: K, without "no object", which is the last class logit (index K).
-    backbone: a name of BACKBONES or any timm model with feature maps at strides 4, 8, 16 and 32.
+    backbone: a name of BACKBONES, or any timm model with feature maps at strides 4 to 32, or a plain ViT.
     pretrained: start from timm's ImageNet weights (downloads), or from `backbone_weights`, a local file of
     timm's names.
     norm: what becomes of the backbone's batch norms: "frozen" (fixed statistics, the usual choice with
@@ -67,12 +72,13 @@ class Mask2Former(nn.Module):
         if hidden_dim % 4 or hidden_dim % num_heads:
             raise ValueError(f"hidden_dim {hidden_dim} must be a multiple of 4 and of num_heads, {num_heads}")
         self.backbone = build_backbone(backbone, pretrained, backbone_weights, norm, **(backbone_args or {}))
-        channels = self.backbone.feature_info.channels()
-        self.pixel_decoder = PixelDecoder(channels, hidden_dim, num_heads, encoder_layers, encoder_ffn)
+        self.pixel_decoder = PixelDecoder(
+            self.backbone.channels, hidden_dim, num_heads, encoder_layers, encoder_ffn
+        )
         self.decoder = TransformerDecoder(
             num_classes, num_queries, hidden_dim, num_heads, decoder_layers, decoder_ffn
         )
-        config = timm.data.resolve_model_data_config(self.backbone)
+        config = timm.data.resolve_model_data_config(self.backbone.body)
         mean = pixel_mean or [255 * value for value in config["mean"]]
         std = pixel_std or [255 * value for value in config["std"]]
         self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
@@ -88,37 +94,101 @@ class Mask2Former(nn.Module):
             raise ValueError(f"images must be (B, 3, H, W), found {tuple(images.shape)}")
         images = (images - self.pixel_mean) / self.pixel_std
         images = F.pad(images, (0, -images.shape[3] % 32, 0, -images.shape[2] % 32))
-        features = self.backbone(images)
-        if getattr(self.backbone, "output_fmt", "NCHW") == "NHWC":  # Swin
-            features = [feature.permute(0, 3, 1, 2) for feature in features]
-        mask_features, levels = self.pixel_decoder(features)
+        mask_features, levels = self.pixel_decoder(self.backbone(images))
         return self.decoder(levels, mask_features)
 
 
 def build_backbone(name, pretrained=False, weights=None, norm="frozen", **kwargs) -> nn.Module:
-    """A timm model that returns its feature maps at strides 4, 8, 16, 32 as a list."""
+    """A `Pyramid` or `PlainViT` around a timm model: images (B, 3, H, W), H and W multiples of 32 -> its
+    feature maps at strides 4, 8, 16, 32, each (B, channels, H / stride, W / stride). kwargs go to
+    timm.create_model."""
     name = BACKBONES.get(name, name)
     if not timm.is_model(name):
         raise ValueError(f"unknown backbone {name!r}: one of {', '.join(BACKBONES)}, or any timm model")
-    if name.startswith("swin"):
-        kwargs = {"strict_img_size": False, **kwargs}  # any image size, not only that of the pretraining
-    with torch.device("meta"):  # a look at the strides, without weights
+    with torch.device("meta"):  # a look at it, without weights
+        plain = timm.create_model(name, **kwargs)
+    if weights is not None:
+        known, found = plain.state_dict().keys(), timm.models.load_state_dict(weights).keys()
+        if 2 * len(known & found) < len(known):  # timm would only warn
+            raise ValueError(f"{weights} has {len(known & found)} of the {len(known)} tensors of {name}")
+        pretrained, kwargs["pretrained_cfg_overlay"] = True, {"file": weights}
+    if isinstance(plain, timm.models.VisionTransformer):
+        kwargs = {"dynamic_img_size": True, "num_classes": 0, **kwargs}
+        return PlainViT(timm.create_model(name, pretrained=pretrained, **kwargs))
+    if name.startswith(
+        "swin_"
+    ):  # any image size, windows shifted in every stage, the paper's stochastic depth
+        kwargs = {"strict_img_size": False, "always_partition": True, "drop_path_rate": 0.3, **kwargs}
+    with torch.device("meta"):
         strides = timm.create_model(name, features_only=True, **kwargs).feature_info.reduction()
     if not set(STRIDES) <= set(strides):
         raise ValueError(f"backbone {name!r} has feature maps at strides {strides}, needed are {STRIDES}")
     indices = [len(strides) - 1 - strides[::-1].index(stride) for stride in STRIDES]  # the last map of each
-    if weights is not None:
-        pretrained, kwargs["pretrained_cfg_overlay"] = True, {"file": weights}
-    backbone = timm.create_model(
-        name, pretrained=pretrained, features_only=True, out_indices=indices, **kwargs
-    )
+    body = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=indices, **kwargs)
     if norm == "frozen":
-        backbone = timm.layers.freeze_batch_norm_2d(backbone)
+        body = timm.layers.freeze_batch_norm_2d(body)
     elif norm == "group":
-        _replace_batch_norm(backbone)
+        _replace_batch_norm(body)
     elif norm != "batch":
         raise ValueError(f"unknown norm {norm!r}: one of frozen, batch, group")
-    return backbone
+    for module in body.modules():
+        if isinstance(module, SwinTransformerBlock):
+            module.__class__ = PadThenShiftBlock
+    return Pyramid(body)
+
+
+class PadThenShiftBlock(SwinTransformerBlock):
+    """timm shifts the windows, then pads; the official Swin pads, then shifts. It differs where the windows
+    do not divide the feature map."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
+        (H, W), (h, w) = x.shape[1:3], self.window_size
+        padded = F.pad(self.norm1(x), (0, 0, 0, -W % w, 0, -H % h))
+        x = x + self.drop_path1(self._attn(padded)[:, :H, :W])
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class Pyramid(nn.Module):
+    """A timm model with feature maps. Those of Swin come channels last, and each through a norm of its
+    own."""
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body, self.channels = body, body.feature_info.channels()
+        self.channels_last = getattr(body, "output_fmt", "NCHW") == "NHWC"
+        self.norms = nn.ModuleList(nn.LayerNorm(C) for C in self.channels if self.channels_last)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        features = self.body(images)
+        if self.channels_last:
+            features = [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, features)]
+        return features
+
+
+class PlainViT(nn.Module):
+    """A vision transformer: its last patch tokens through a 1 x 1 convolution for each stride, then resized
+    to it, as Guided Distillation does with DeiT and DINOv2. An image is resized where its sides are no
+    multiples of the patch's."""
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body, self.channels = body, [128, 256, 512, 1024]
+        self.pyramid = nn.ModuleList(nn.Conv2d(body.embed_dim, C, 1) for C in self.channels)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        H, W = images.shape[-2:]
+        patch = self.body.patch_embed.patch_size[0]
+        h, w = -(-H // patch), -(-W // patch)
+        if (h * patch, w * patch) != (H, W):
+            images = resize(images, (h * patch, w * patch))
+        tokens = self.body.forward_features(images)[:, self.body.num_prefix_tokens :]  # (B, h * w, C)
+        grid = tokens.transpose(1, 2).unflatten(2, (h, w))
+        return [resize(conv(grid), (H // s, W // s)) for conv, s in zip(self.pyramid, STRIDES)]
+
+
+def resize(maps: Tensor, size) -> Tensor:
+    """Bilinear, (B, C, H, W) -> (B, C, *size)."""
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def _replace_batch_norm(module: nn.Module) -> None:
@@ -193,7 +263,10 @@ class PixelDecoder(nn.Module):
         positions = torch.cat(
             [sine_positions(level).flatten(1).T + embed for level, embed in zip(levels, self.level_embed)]
         )  # (S, C)
-        reference_points = torch.cat([pixel_centres(H, W, stride_4.device) for H, W in shapes])  # (S, 2)
+        dtype = self.level_embed.dtype
+        reference_points = torch.cat(
+            [pixel_centres(H, W, stride_4.device, dtype) for H, W in shapes]
+        )  # (S, 2)
 
         x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # (B, S, C)
         for layer in self.layers:
@@ -201,7 +274,7 @@ class PixelDecoder(nn.Module):
         parts = x.split([H * W for H, W in shapes], dim=1)
         levels = [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes)]
 
-        stride_8 = F.interpolate(levels[-1], size=stride_4.shape[-2:], mode="bilinear", align_corners=False)
+        stride_8 = resize(levels[-1], stride_4.shape[-2:])
         return self.mask_features(self.output(self.lateral(stride_4) + stride_8)), levels
 
 
@@ -294,10 +367,10 @@ def ms_deform_attn(value: Tensor, spatial_shapes, sampling_locations: Tensor, at
     return output.view(B, M * D, N).transpose(1, 2)
 
 
-def pixel_centres(H: int, W: int, device=None) -> Tensor:
+def pixel_centres(H: int, W: int, device=None, dtype=None) -> Tensor:
     """(H * W, 2): the centre of each pixel, row by row, as (x, y) in [0, 1]."""
-    y = (torch.arange(H, device=device) + 0.5) / H
-    x = (torch.arange(W, device=device) + 0.5) / W
+    y = (torch.arange(H, device=device, dtype=dtype) + 0.5) / H
+    x = (torch.arange(W, device=device, dtype=dtype) + 0.5) / W
     return torch.stack([x.expand(H, W), y[:, None].expand(H, W)], dim=-1).flatten(0, 1)
 
 
@@ -305,11 +378,12 @@ def sine_positions(feature: Tensor, temperature: float = 10000.0) -> Tensor:
     """The sine position embedding of DETR for a feature map (B, C, H, W) -> (C, H, W): y in the first C/2
     channels, x in the others."""
     C, H, W = feature.shape[1:]
-    index = torch.arange(C // 2, device=feature.device)
+    how = {"device": feature.device, "dtype": torch.promote_types(feature.dtype, torch.float32)}
+    index = torch.arange(C // 2, **how)
     frequency = temperature ** (2 * (index // 2) / (C // 2))
 
     def embed(size):  # (size, C/2): sines in the even channels, cosines in the odd ones
-        position = torch.arange(1, size + 1, device=feature.device) / (size + 1e-6) * (2 * math.pi)
+        position = torch.arange(1, size + 1, **how) / (size + 1e-6) * (2 * math.pi)
         angle = position[:, None] / frequency
         return torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], dim=2).flatten(1)
 
@@ -387,7 +461,7 @@ def attention_mask(mask_logits: Tensor, size) -> Tensor:
     """(B, Q, h, w) mask logits -> (B, 1, Q, H_l * W_l) bool for every head: True where a query may attend,
     which is where its mask is at least 0.5, or everywhere if that is nowhere. No gradient flows through it
     (section 3.2.1)."""
-    mask_logits = F.interpolate(mask_logits.detach().float(), size=size, mode="bilinear", align_corners=False)
+    mask_logits = resize(mask_logits.detach().float(), size)
     attend = (mask_logits.sigmoid() >= 0.5).flatten(2)
     return (attend | ~attend.any(dim=-1, keepdim=True)).unsqueeze(1)
 
@@ -443,3 +517,135 @@ class FeedForward(nn.Sequential):
         super().__init__(nn.Linear(hidden_dim, ffn_dim), nn.ReLU(), nn.Linear(ffn_dim, hidden_dim))
         nn.init.xavier_uniform_(self[0].weight)
         nn.init.xavier_uniform_(self[2].weight)
+
+
+# ------------------------------------------------------------------------------------ weights of other code
+
+# Names of the same parameter: here | in the official code | in Hugging Face's files. Lines that are not
+# indented are prefixes of those below. # is a number and @ a word that all three share, as is what follows a
+# name (.weight, .bias, ...). {q,k,v} are three parameters that are one elsewhere.
+_NAMES = """
+pixel_decoder. | sem_seg_head.pixel_decoder. | model.pixel_level_module.decoder.
+    input_proj.#.#        | input_proj.#.#          | input_projections.#.#
+    level_embed           | transformer.level_embed | level_embed
+    lateral.0             | adapter_1               | adapter_1.0
+    lateral.1             | adapter_1.norm          | adapter_1.1
+    output.0              | layer_1                 | layer_1.0
+    output.1              | layer_1.norm            | layer_1.1
+    mask_features         | mask_features           | mask_projection
+pixel_decoder. | sem_seg_head.pixel_decoder.transformer.encoder. | model.pixel_level_module.decoder.encoder.
+    layers.#.self_attn.@  | layers.#.self_attn.@    | layers.#.self_attn.@
+    layers.#.norm1        | layers.#.norm1          | layers.#.self_attn_layer_norm
+    layers.#.ffn.0        | layers.#.linear1        | layers.#.fc1
+    layers.#.ffn.2        | layers.#.linear2        | layers.#.fc2
+    layers.#.norm2        | layers.#.norm2          | layers.#.final_layer_norm
+decoder. | sem_seg_head.predictor. | model.transformer_module.
+    query_features        | query_feat              | queries_features
+    query_positions       | query_embed             | queries_embedder
+    level_embed           | level_embed             | level_embed
+    norm                  | decoder_norm            | decoder.layernorm
+    mask_head.0           | mask_embed.layers.0     | decoder.mask_predictor.mask_embedder.0.0
+    mask_head.2           | mask_embed.layers.1     | decoder.mask_predictor.mask_embedder.1.0
+    mask_head.4           | mask_embed.layers.2     | decoder.mask_predictor.mask_embedder.2.0
+decoder. | sem_seg_head.predictor. |
+    class_head            | class_embed             | class_predictor
+decoder.layers.#. | sem_seg_head.predictor.transformer_cross_attention_layers.#. | model.transformer_module.decoder.layers.#.
+    cross_attn            | multihead_attn          | cross_attn
+    cross_attn.out_proj   | multihead_attn.out_proj | cross_attn.out_proj
+    norm1                 | norm                    | cross_attn_layer_norm
+decoder.layers.#. | sem_seg_head.predictor.transformer_self_attention_layers.#. | model.transformer_module.decoder.layers.#.
+    self_attn.in_proj_weight | self_attn.in_proj_weight | self_attn.{q,k,v}_proj.weight
+    self_attn.in_proj_bias   | self_attn.in_proj_bias   | self_attn.{q,k,v}_proj.bias
+    self_attn.out_proj    | self_attn.out_proj      | self_attn.out_proj
+    norm2                 | norm                    | self_attn_layer_norm
+decoder.layers.#. | sem_seg_head.predictor.transformer_ffn_layers.#. | model.transformer_module.decoder.layers.#.
+    ffn.0                 | linear1                 | fc1
+    ffn.2                 | linear2                 | fc2
+    norm3                 | norm                    | final_layer_norm
+backbone.body. | backbone. | model.pixel_level_module.encoder._backbone.
+    conv1                 | stem.conv1              | conv1
+    bn1                   | stem.conv1.norm         | bn1
+    layer<n>.#.conv#      | res<n+1>.#.conv#        | layer<n>.#.conv#
+    layer<n>.#.bn#        | res<n+1>.#.conv#.norm   | layer<n>.#.bn#
+    layer<n>.#.downsample.0 | res<n+1>.#.shortcut   | layer<n>.#.downsample.0
+    layer<n>.#.downsample.1 | res<n+1>.#.shortcut.norm | layer<n>.#.downsample.1
+backbone. | backbone. | model.pixel_level_module.encoder.
+    body.patch_embed.proj | patch_embed.proj        | embeddings.patch_embeddings.projection
+    body.patch_embed.norm | patch_embed.norm        | embeddings.norm
+    body.layers_<n>.downsample.@ | layers.<n-1>.downsample.@ | encoder.layers.<n-1>.downsample.@
+    norms.<n>             | norm<n>                 | hidden_states_norms.stage<n+1>
+backbone.body.layers_#.blocks.#. | backbone.layers.#.blocks.#. | model.pixel_level_module.encoder.encoder.layers.#.blocks.#.
+    norm1                 | norm1                   | layernorm_before
+    norm2                 | norm2                   | layernorm_after
+    attn                  | attn                    | attention.self
+    attn.qkv.weight       | attn.qkv.weight         | attention.self.{query,key,value}.weight
+    attn.qkv.bias         | attn.qkv.bias           | attention.self.{query,key,value}.bias
+    attn.proj             | attn.proj               | attention.output.dense
+    mlp.fc1               | mlp.fc1                 | intermediate.dense
+    mlp.fc2               | mlp.fc2                 | output.dense
+"""  # noqa: E501
+OURS, OFFICIAL, HUGGING_FACE = 0, 1, 2  # columns
+# Such files hold besides: constants, counters, and a last norm of Swin that nothing uses.
+_NO_PARAMETERS = re.compile(
+    r".*\.(num_batches_tracked|relative_position_index)|criterion\.empty_weight|pixel_(mean|std)"
+    r"|model\.pixel_level_module\.encoder\.(swin\.)?layernorm\.(weight|bias)"
+)
+
+
+def convert_state_dict(state_dict: dict) -> dict:
+    """A state dictionary of the official Mask2Former or in Hugging Face's form -> one of `Mask2Former`, for
+    ResNet and Swin backbones. Raises ValueError for a name that it does not know."""
+    if any(name.startswith("sem_seg_head.") for name in state_dict):
+        return translate_state_dict(state_dict, OFFICIAL, OURS)
+    if any(name.startswith("model.pixel_level_module.") for name in state_dict):
+        return translate_state_dict(state_dict, HUGGING_FACE, OURS)
+    raise ValueError("these are neither the official Mask2Former's parameters nor Hugging Face's")
+
+
+def translate_state_dict(state_dict: dict, source: int, target: int) -> dict:
+    """From the names of one column of _NAMES to those of another. Raises ValueError for a name that is not
+    there."""
+    rules = []
+    for row in _name_rows():
+        for part, name in enumerate(_expand(row[source])):
+            pattern = re.escape(name).replace(r"\#", r"(\d+)").replace("@", r"(\w+)") + r"(\.\w+)?"
+            rules.append((re.compile(pattern), _expand(row[target]), part if "{" in row[source] else None))
+    result, merged = {}, {}
+    for name, value in state_dict.items():
+        if _NO_PARAMETERS.fullmatch(name):
+            continue
+        found = [(pattern.fullmatch(name), *rule) for pattern, *rule in rules if pattern.fullmatch(name)]
+        if not found:
+            raise ValueError(f"unknown parameter {name!r}")
+        match, targets, part = found[0]
+        *words, ending = match.groups(default="")
+        names = [re.sub("[#@]", "{}", target).format(*words) + ending for target in targets]
+        if len(names) > 1:  # one becomes q, k, v
+            result.update(zip(names, value.chunk(len(names))))
+        elif part is not None:  # q, k, v become one
+            merged.setdefault(names[0], {})[part] = value
+        else:
+            result[names[0]] = value
+    for name, parts in merged.items():
+        result[name] = torch.cat([parts[part] for part in range(3)])
+    return result
+
+
+def _name_rows() -> list[list[str]]:
+    """_NAMES with the prefixes put before, a row for each n of <n>."""
+    rows, prefixes = [], []
+    for line in _NAMES.strip().splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if not line.startswith(" "):
+            prefixes = cells
+            continue
+        for n in range(5) if "<n" in line else [0]:
+            numbered = [re.sub(r"<n([+-]1)?>", lambda m, n=n: str(n + int(m[1] or 0)), c) for c in cells]
+            rows.append([prefix + cell for prefix, cell in zip(prefixes, numbered)])
+    return rows
+
+
+def _expand(name: str) -> list[str]:
+    """ "a.{q,k,v}.b" -> ["a.q.b", "a.k.b", "a.v.b"]; a name without braces stays one."""
+    match = re.search(r"{(.*)}", name)
+    return [name.replace(match[0], word) for word in match[1].split(",")] if match else [name]

@@ -298,7 +298,6 @@ def test_frozen_norms_have_nothing_to_learn_and_keep_their_statistics(make_model
 @pytest.mark.parametrize(
     "changes, found",
     [
-        (dict(backbone="vit_tiny_patch16_224", backbone_args=None), "strides"),
         (dict(backbone_args={**TINY["backbone_args"], "output_stride": 16}), "strides"),
         (dict(backbone="resnet_of_my_dreams"), "resnet_of_my_dreams"),
         (dict(norm="layer"), "'layer'"),
@@ -348,7 +347,7 @@ def test_local_backbone_weights_are_read(make_model, tmp_path):
     """A file of timm's names, without a download."""
     names = dict(norm="batch", backbone_args=TINY["backbone_args"])
     first = make_model(seed=1, **names)
-    torch.save(first.backbone.state_dict(), tmp_path / "weights.pt")
+    torch.save(first.backbone.body.state_dict(), tmp_path / "weights.pt")
     second = make_model(seed=2, backbone_weights=str(tmp_path / "weights.pt"), **names)
     for name, value in first.backbone.state_dict().items():
         assert torch.equal(value, second.backbone.state_dict()[name]), name

@@ -313,7 +313,7 @@ def test_every_parameter_is_in_one_of_few_groups():
     assert len(groups) < 10
     where = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(where) == sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
-    assert where[id(model.backbone.conv1[0].weight)] == (0.1, 0.05)
+    assert where[id(model.backbone.body.conv1[0].weight)] == (0.1, 0.05)
     assert where[id(model.decoder.class_head.bias)] == (1.0, 0.05)
     assert where[id(model.pixel_decoder.level_embed)] == (1.0, 0.05), "a bare parameter decays, as officially"
     for exempt in (
