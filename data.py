@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -310,8 +311,13 @@ def stream(
             collate_fn=list,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # or it would draw from the global one
+            worker_init_fn=_leave_ctrl_c_to_the_main_process,
         )
     )
+
+
+def _leave_ctrl_c_to_the_main_process(_) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class StepSampler:

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from data import seed_of
+
 FORMAT = 1  # of a checkpoint
 
 # ----------------------------------------------------------------------------------------------------- flags
@@ -237,11 +239,10 @@ class Run:
         self.stop_signal = None
 
     def __iter__(self):
-        from data import seed_of
-
         previous = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
         self.model.train()
-        started, last = time.time(), time.time()
+        started = time.time()
+        last_time, last_step = started, self.first_step
         for step in range(self.first_step, self.steps):
             torch.manual_seed(seed_of(self.cfg.seed, self.phase, step, rank()))
             first, length = self.schedule
@@ -252,12 +253,12 @@ class Run:
 
             done = step + 1
             if done % self.cfg.log_every == 0 or done == self.steps:
-                seconds = (time.time() - last) / ((done - 1) % self.cfg.log_every + 1)
-                last = time.time()
-                left = (time.time() - started) / (done - self.first_step) * (self.steps - done)
-                self._write(done, seconds, left)
+                now = time.time()
+                left = (now - started) / (done - self.first_step) * (self.steps - done)
+                self._write(done, (now - last_time) / (done - last_step), left)
+                last_time, last_step = now, done
             stop = self._agree_to_stop()
-            if stop or (done % self.cfg.save_every == 0 and done < self.steps):
+            if stop or done % self.cfg.save_every == 0 or done == self.steps:  # the last: evaluation may fail
                 self.save(self.partial, done)
             if stop:
                 say(f"{self.phase}: stopped at step {done} and saved; the same command goes on from here")

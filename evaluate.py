@@ -185,14 +185,12 @@ def _number(value: float) -> str:
 COLOURS = [(255, 255, 255), (255, 220, 60), (90, 220, 255), (255, 130, 200), (140, 255, 140), (255, 160, 80)]
 
 
-def draw_instances(image: Image.Image, masks, names, scale: int = 1) -> Image.Image:
-    """The image, `scale` times as large. Masks (N, H, W) bool, if given, are outlined and named, and the
-    rest is dimmed."""
+def draw_instances(image: Image.Image, masks=(), names=(), scale: int = 1, dim: float = 0.35) -> Image.Image:
+    """The image, `scale` times as large, masks (N, H, W) bool outlined and named, the rest times `dim`."""
     pixels = np.asarray(image.resize((image.width * scale, image.height * scale))).astype(float)
-    if masks is not None:
-        masks = [np.kron(np.asarray(mask), np.ones((scale, scale), dtype=bool)) for mask in masks]
-        pixels[~np.any([np.zeros(pixels.shape[:2], dtype=bool), *masks], axis=0)] *= 0.35
-    for number, mask in enumerate(masks or []):
+    masks = [np.kron(np.asarray(mask), np.ones((scale, scale), dtype=bool)) for mask in masks]
+    pixels[~np.any([np.zeros(pixels.shape[:2], dtype=bool), *masks], axis=0)] *= dim
+    for number, mask in enumerate(masks):
         inner = mask.copy()
         for axis in (0, 1):
             for shift in (-1, 1):
@@ -200,7 +198,7 @@ def draw_instances(image: Image.Image, masks, names, scale: int = 1) -> Image.Im
         pixels[mask & ~inner] = COLOURS[number % len(COLOURS)]
     picture = Image.fromarray(pixels.astype(np.uint8))
     draw = ImageDraw.Draw(picture)
-    for mask, name in zip(masks or [], names):
+    for mask, name in zip(masks, names):
         if mask.any():
             y, x = (int(values.mean()) for values in np.nonzero(mask))
             draw.text((x, y), name, fill="white", anchor="mm", stroke_width=1, stroke_fill="black")
@@ -218,7 +216,7 @@ def compare(
         scale = max(1, 240 // max(size))
         masks = [rle_tools.decode(to_rle(o["segmentation"], *size)) > 0 for o in dataset.objects(image_id)]
         names = [dataset.class_names[label] for label in dataset.labels(image_id)]
-        row = [draw_instances(image, None, None, scale), draw_instances(image, masks, names, scale)]
+        row = [draw_instances(image, scale=scale, dim=1), draw_instances(image, masks, names, scale)]
         resized = image.resize(test_size(*size, short_side, long_side)[::-1], Image.Resampling.BILINEAR)
         for model in models.values():
             found = predict(model.eval(), [to_tensor(resized)], [size], device)[0]
