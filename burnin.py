@@ -65,7 +65,7 @@ class Config:
     pixel_mean: tuple = knob((), "mean of the backbone's input per RGB channel in 0..255; empty: timm's")
     pixel_std: tuple = knob((), "standard deviation likewise")
     norm: str = knob("frozen", "the backbone's batch norms: frozen, batch (trained, synchronised), group")
-    num_queries: int = knob(100, "objects that can be found in an image at most")
+    num_queries: int = knob(100, "objects found in an image at most; the paper takes 200 with swin_l")
     hidden_dim: int = knob(256, "width of both decoders")
     encoder_layers: int = knob(6, "deformable attention layers of the pixel decoder")
     encoder_ffn: int = knob(1024, "width of their feed-forward networks")
@@ -87,7 +87,8 @@ class Config:
     no_object_weight: float = knob(0.1, 'weight of the class "no object" in the classification loss')
     steps: tuple = knob(
         (25_000, 25_000, 343_750),
-        "of teacher burn-in (ours; the paper does not say), guided burn-in, distillation",
+        "of teacher burn-in (ours), guided burn-in (a published re-run's; the released default is 50,000), "
+        "distillation",
     )
     labels_only: bool = knob(
         False, "the control: the teacher's training alone, for the steps of all three phases"
@@ -202,7 +203,7 @@ def guided_step(
         guidance = teacher(images(unlabelled, "image", device))
     targets = pseudo_labels(guidance, cfg.score_threshold, cfg.min_area)
 
-    with autocast(device):  # one pass for both: no layer mixes the images of a batch
+    with autocast(device):  # one pass for both; only --norm batch mixes them, in its statistics
         views = torch.cat([images(labelled, "image", device), images(unlabelled, "strong", device)])
         outputs = student(views)
     on_labelled, on_unlabelled = split(outputs, len(labelled))
@@ -255,6 +256,11 @@ class Setting:
         with engine.rank_zero_first():
             self.train, self.val = load_data(cfg.data, cfg.root or None)
             Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        names = self.train.class_names
+        if self.val.class_names != names:
+            raise ValueError(f"training has the classes {names}, validation {self.val.class_names}")
+        if cfg.backbone_weights and not Path(cfg.backbone_weights).is_file():
+            raise ValueError(f"no file --backbone-weights {cfg.backbone_weights!r}")
         self.labelled = labelled_split(self.train.image_ids, cfg.ratio, cfg.seed)
         self.num_classes = len(self.train.class_names)
         names = "backbone backbone_args norm num_queries hidden_dim"
@@ -290,7 +296,8 @@ class Setting:
         """ImageNet backbone (or random), random decoders, drawn from (seed, name)."""
         torch.manual_seed(seed_of(self.cfg.seed, "model", name))
         weights = self.cfg.backbone_weights or None
-        model = Mask2Former(**self.model_args, pretrained=self.cfg.pretrained, backbone_weights=weights)
+        with engine.user_errors():
+            model = Mask2Former(**self.model_args, pretrained=self.cfg.pretrained, backbone_weights=weights)
         return model.to(self.device)
 
     def streams(self, phase: str, first_step: int, guided: bool):
@@ -331,6 +338,7 @@ class Setting:
             self.device,
             short_side=self.cfg.test_short_side,
             long_side=self.cfg.test_long_side,
+            batch=max(1, self.cfg.batch // engine.world_size()),
         )
 
 
@@ -360,8 +368,10 @@ def burn_in_student(cfg: Config, setting: Setting) -> None:
     """Phase 2: a fresh student learns from the labels and from the frozen teacher -> burnin.pt."""
     schedule = 0, cfg.steps[1] + cfg.steps[2]  # phases 2 and 3 share one learning-rate schedule
     device, student = setting.device, setting.fresh_model("student")
-    teacher = load_model(load_teacher(cfg, setting), "student", device)
-    run = Run(cfg, "burnin", student, device, cfg.steps[1], schedule, teacher, describe=setting.describe)
+    source = load_teacher(cfg, setting)
+    teacher, describe = load_model(source, "student", device), {"teacher_args": source["model_args"]}
+    describe |= setting.describe
+    run = Run(cfg, "burnin", student, device, cfg.steps[1], schedule, teacher, describe=describe)
     labelled, unlabelled = setting.streams("burnin", run.first_step, guided=True)
 
     for step in run:
@@ -418,12 +428,13 @@ def main(cfg: Config, setting: Setting) -> None:
         if not engine.finished(cfg, "labels_only"):
             burn_in_teacher(cfg, setting, "labels_only")
         return
+    if engine.finished(cfg, "burnin"):
+        return
     if not cfg.teacher and not engine.finished(cfg, "teacher"):
         say("phase 1 of 3, teacher burn-in: labels only")
         burn_in_teacher(cfg, setting)
-    if not engine.finished(cfg, "burnin"):
-        say("phase 2 of 3, guided burn-in: a fresh student, a frozen teacher")
-        burn_in_student(cfg, setting)
+    say("phase 2 of 3, guided burn-in: a fresh student, a frozen teacher")
+    burn_in_student(cfg, setting)
 
 
 if __name__ == "__main__":

@@ -152,7 +152,8 @@ class View:
     crop: (H, W) of the result, multiples of 32. scale: the image is first resized to fit the crop times a
     factor drawn from this range. short_side: instead, it is resized so that its shorter side is one of
     these lengths. flip: mirror half of the images.
-    colour: a photometric jitter of the weak view, as in SSD (arXiv 1512.02325, section 3.6). blur: sigmas
+    colour: a photometric jitter of the weak view after SSD
+    (arXiv 1512.02325, section 3.6), brightness as a factor. blur: sigmas
     of the strong view, in pixels."""
 
     crop: tuple[int, int]
@@ -234,8 +235,9 @@ def strong_view(image: Image.Image, rng: np.random.Generator, blur=(0.1, 2.0)) -
     return image
 
 
-def colour_jitter(image, rng, brightness, contrast, saturation, hue):
-    """Factors of 1 +- the given strengths and a turn of the hue by +- its strength, in random order."""
+def colour_jitter(image, rng, brightness, contrast, saturation, hue, probability=1.0):
+    """Factors of 1 +- the given strengths and a turn of the hue by +- its strength, each with the given
+    probability, in random order."""
     changes = [
         (TF.adjust_brightness, 1 + rng.uniform(-brightness, brightness)),
         (TF.adjust_contrast, 1 + rng.uniform(-contrast, contrast)),
@@ -244,7 +246,8 @@ def colour_jitter(image, rng, brightness, contrast, saturation, hue):
     ]
     for index in rng.permutation(len(changes)):
         adjust, strength = changes[index]
-        image = adjust(image, strength)
+        if probability == 1 or rng.random() < probability:
+            image = adjust(image, strength)
     return image
 
 
@@ -266,12 +269,13 @@ class Views(Dataset):
         geometry = Geometry.draw(self.view, H, W, rng)
         weak = geometry.image(image)
         if self.view.colour:
-            weak = colour_jitter(weak, rng, 32 / 255, 0.5, 0.5, 18 / 360)
+            weak = colour_jitter(weak, rng, 32 / 255, 0.5, 0.5, 18 / 360, probability=0.5)
         item = {"image": to_tensor(weak)}
         if self.with_strong:
             item["strong"] = to_tensor(strong_view(weak, rng, self.view.blur))
         if self.with_labels:
-            masks = [geometry.mask(o["segmentation"], H, W) for o in self.dataset.objects(image_id)]
+            size = self.dataset.size(image_id)  # of the annotations; the file may be a smaller copy
+            masks = [geometry.mask(o["segmentation"], *size) for o in self.dataset.objects(image_id)]
             masks = np.stack(masks) if masks else np.zeros((0, *self.view.crop), dtype=bool)
             visible = masks.any(axis=(1, 2))
             item["labels"] = torch.tensor(self.dataset.labels(image_id), dtype=torch.int64)[visible]

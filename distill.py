@@ -55,8 +55,8 @@ def distill(cfg: Config, setting: Setting) -> None:
     """Phase 3 -> distill.pt"""
     device = setting.device
     start = engine.load_checkpoint(Path(cfg.out) / "burnin.pt")
-    student, teacher = setting.fresh_model("student"), load_model(start, "student", device)
-    student.load_state_dict(start["student"])
+    student, teacher = (load_model(start, "student", device) for _ in range(2))
+    student.requires_grad_(True)
     schedule = cfg.steps[1], cfg.steps[1] + cfg.steps[2]  # goes on where phase 2 ended
     run = Run(
         cfg, "distill", student, device, cfg.steps[2], schedule, teacher, start["optimizer"], setting.describe
@@ -82,21 +82,19 @@ def distill(cfg: Config, setting: Setting) -> None:
 def summary(cfg: Config, setting: Setting) -> None:
     """The table of all phases, and a picture of teacher and student on the same images."""
     out, device = Path(cfg.out), setting.device
-    first = engine.load_checkpoint(cfg.teacher or out / "teacher.pt")
+    source = Path(cfg.teacher or out / "teacher.pt")
+    phases = {"teacher": source, "labels only": out / "labels_only.pt", "burnt-in": out / "burnin.pt"}
+    phases = {name: engine.load_checkpoint(path) for name, path in phases.items() if path.exists()}
     last = engine.load_checkpoint(out / "distill.pt")
-    columns = {"teacher": first["ap"]} if "ap" in first else {}  # one's own may come without
-    if engine.finished(cfg, "labels_only"):
-        columns["labels only"] = engine.load_checkpoint(out / "labels_only.pt")["ap"]
-    columns["burnt-in"] = engine.load_checkpoint(out / "burnin.pt")["ap"]
+    columns = {name: phase["ap"] for name, phase in phases.items() if "ap" in phase}
     columns |= {"student": last["ap"], "EMA teacher": last["teacher_ap"]}
     say(
         f"\nmask AP on {len(setting.val)} images, after training with {len(setting.labelled)} labelled ones\n"
     )
     say(ap_table(columns, by_class=len(setting.val.class_names) <= 10))
     if engine.rank() == 0:
-        models = {
-            name: load_model(c, "student", device) for name, c in (("teacher", first), ("student", last))
-        }
+        chosen = {name: phases[name] for name in ("teacher",) if name in phases} | {"student": last}
+        models = {name: load_model(checkpoint, "student", device) for name, checkpoint in chosen.items()}
         sizes = dict(short_side=cfg.test_short_side, long_side=cfg.test_long_side)
         compare(models, setting.val, out / "predictions.png", device, **sizes)
         say(f"\npicture: {out / 'predictions.png'}")

@@ -16,6 +16,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import timm
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ def parse_config(config_class, presets: dict, argv=None, description=None):
     parser = Parser(description)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for name, field in fields.items():
-        kind = {tuple: _values, bool: _boolean, dict: json.loads}.get(field.type, field.type)
+        kind = {tuple: _values, bool: _boolean, dict: _json}.get(field.type, field.type)
         bare = {"nargs": "?", "const": True} if kind is _boolean else {}
         text = field.metadata.get("help", "").replace("%", "%%") + f" [{field.default}]"
         parser.add_argument("--" + name.replace("_", "-"), type=kind, default=None, help=text, **bare)
@@ -67,15 +68,22 @@ def parse_config(config_class, presets: dict, argv=None, description=None):
     if preset not in presets:
         refuse(f"unknown preset {preset!r}: one of {', '.join(presets)}")
     values = {**presets[preset], **flags, "preset": preset}
-    for name, value in values.items():
-        if isinstance(fields[name].default, tuple) and not isinstance(value, tuple):
-            values[name] = tuple(value)
     return config_class(**values)
 
 
 def _values(text: str) -> tuple:
     """ "1,2.5" -> (1, 2.5)"""
-    return tuple(float(part) if set(part) & set(".e") else int(part) for part in text.split(",") if part)
+    try:
+        return tuple(float(part) if set(part) & set(".e") else int(part) for part in text.split(",") if part)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"numbers with commas between, found {text!r}") from None
+
+
+def _json(text: str) -> dict:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"JSON, found {text!r} ({error})") from None
 
 
 def _boolean(text: str) -> bool:
@@ -109,9 +117,12 @@ def start_processes(device: str = "") -> torch.device:
     if not device:
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    device = torch.device(device)
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"unknown --device {device!r}: cuda, mps or cpu") from None
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -232,7 +243,7 @@ class Run:
         self.student = student
         if world_size() > 1:
             if device.type == "cuda":
-                self.model = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+                self.model = timm.layers.convert_sync_batchnorm(student)
             ids = [device.index] if device.type == "cuda" else None
             self.student = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
         self.values, self.counts = {}, {}
@@ -262,6 +273,8 @@ class Run:
                 self.save(self.partial, done)
             if stop:
                 say(f"{self.phase}: stopped at step {done} and saved; the same command goes on from here")
+                if dist.is_initialized():
+                    dist.barrier()  # nobody leaves while rank 0 is writing
                 sys.exit(128 + stop)
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -381,7 +394,7 @@ def load_checkpoint(path) -> dict:
     """A checkpoint on the CPU; plain types only, nothing in it is executed. Raises ValueError for a file
     that is not one of ours."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ValueError(f"no checkpoint {str(path)!r}") from None
     except Exception as error:  # torch raises many kinds for a damaged file

@@ -212,7 +212,8 @@ def compare(
     models sees."""
     rows = []
     for image_id in dataset.image_ids[:: max(1, len(dataset) // count)][:count]:
-        image, size = dataset.image(image_id), dataset.size(image_id)
+        size = dataset.size(image_id)
+        image = dataset.image(image_id).resize(size[::-1])
         scale = max(1, 240 // max(size))
         masks = [rle_tools.decode(to_rle(o["segmentation"], *size)) > 0 for o in dataset.objects(image_id)]
         names = [dataset.class_names[label] for label in dataset.labels(image_id)]
@@ -244,7 +245,8 @@ def compare(
 
 def load_model(checkpoint: dict, which: str, device) -> Mask2Former:
     """The "student" (what a phase has trained) or the "teacher" of a checkpoint, for inference."""
-    model = Mask2Former(**checkpoint["model_args"])
+    of_a_teacher = which == "teacher" and checkpoint.get("teacher_args")  # in phase 2 it may be another model
+    model = Mask2Former(**(of_a_teacher or checkpoint["model_args"]))
     model.load_state_dict(checkpoint[which])
     return model.to(device).eval().requires_grad_(False)
 

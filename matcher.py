@@ -141,9 +141,11 @@ class SetCriterion(nn.Module):
         num_objects = max(sum(len(t["labels"]) for t in targets) if num_objects is None else num_objects, 1.0)
 
         with torch.autocast(mask_logits.device.type, enabled=False):
-            layer, image, query, labels, masks = self.matched(pairs, targets, mask_logits.device)
+            layer, image, query, objects = self.matched(pairs, targets, mask_logits.device)
+            labels = torch.cat([target["labels"] for target in targets])[objects]
+            masks = torch.cat([target["masks"] for target in targets])
             loss_ce = self.class_losses(class_logits, layer, image, query, labels)  # (T,)
-            mask_losses = self.mask_losses(mask_logits[layer, image, query], masks)  # (2, G)
+            mask_losses = self.mask_losses(mask_logits[layer, image, query], masks, objects)  # (2, G)
             T = len(predictions)
             loss_mask, loss_dice = mask_losses.new_zeros(2, T).index_add(1, layer, mask_losses) / num_objects
 
@@ -152,17 +154,14 @@ class SetCriterion(nn.Module):
         return {f"{key}{name}": w * loss[t] for key, w, loss in losses for t, name in enumerate(names)}
 
     def matched(self, pairs, targets, device):
-        """Per matched pair its prediction, image and query, its label, each (G,), and its mask (G, H, W)
-        bool."""
+        """Per matched pair its prediction, image, query, and object, counted over the batch: each (G,)."""
         rows = [(t, b, query, target) for t, row in enumerate(pairs) for b, (query, target) in enumerate(row)]
         layer = torch.cat([torch.full_like(query, t) for t, _, query, _ in rows]).to(device)
         image = torch.cat([torch.full_like(query, b) for _, b, query, _ in rows]).to(device)
         query = torch.cat([query for _, _, query, _ in rows]).to(device)
         starts = torch.tensor([0] + [len(target["labels"]) for target in targets]).cumsum(0)
-        object_index = torch.cat([target + starts[b] for _, b, _, target in rows]).to(device)
-        labels = torch.cat([target["labels"] for target in targets])[object_index]
-        masks = torch.cat([target["masks"] for target in targets])[object_index]
-        return layer, image, query, labels, masks
+        objects = torch.cat([target + starts[b] for _, b, _, target in rows]).to(device)
+        return layer, image, query, objects
 
     def class_losses(self, class_logits, layer, image, query, labels):
         """(T,): cross-entropy over all queries of a prediction, weighted by class."""
@@ -172,11 +171,13 @@ class SetCriterion(nn.Module):
         losses = F.cross_entropy(class_logits.flatten(0, 2), classes.flatten(), reduction="none")
         return (weights * losses.view_as(weights)).sum((1, 2)) / weights.sum((1, 2))
 
-    def mask_losses(self, mask_logits, masks):
-        """(2, G): BCE and dice of mask_logits (G, h, w) with masks (G, H, W), on points."""
+    def mask_losses(self, mask_logits, masks, objects):
+        """(2, G): BCE and dice of mask_logits (G, h, w) with the masks (objects of the batch, H, W) of the given
+        indices (G,), on points."""
         points = self.uncertain_points(mask_logits.detach())
         x = sample_points(mask_logits, points)  # (G, P)
-        t = sample_points(masks, points)
+        chunks = zip(objects.split(64), points.split(64))  # not a copy of a mask per layer
+        t = torch.cat([sample_points(masks[chunk], chunk_points) for chunk, chunk_points in chunks])
         bce = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1)
         p = x.sigmoid()
         dice = 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)

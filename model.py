@@ -41,11 +41,10 @@ class Mask2Former(nn.Module):
 
     num_classes: K, without "no object", which is the last class logit (index K).
     backbone: a name of BACKBONES, or any timm model with feature maps at strides 4 to 32, or a plain ViT.
-    pretrained: start from timm's ImageNet weights (downloads), or from `backbone_weights`, a local file of
-    timm's names.
-    norm: what becomes of the backbone's batch norms: "frozen" (fixed statistics, the usual choice with
-        pretraining), "batch" (trained; engine.py synchronises them over GPUs), or "group" (group norm: for
-        training from scratch with any batch).
+    pretrained: start from timm's ImageNet weights (downloads them). backbone_weights: from this local file of
+        timm's names instead.
+    norm: what becomes of the backbone's batch norms: "frozen" (fixed statistics: after pretraining), "batch"
+        (trained; engine.py synchronises them over GPUs), or "group" (group norm: for training from scratch).
     pixel_mean, pixel_std: per RGB channel in 0..255; None takes them from timm's configuration.
     backbone_args: further arguments for timm.create_model."""
 
@@ -103,6 +102,8 @@ def build_backbone(name, pretrained=False, weights=None, norm="frozen", **kwargs
     feature maps at strides 4, 8, 16, 32, each (B, channels, H / stride, W / stride). kwargs go to
     timm.create_model."""
     name = BACKBONES.get(name, name)
+    if norm not in ("frozen", "batch", "group"):
+        raise ValueError(f"unknown norm {norm!r}: one of frozen, batch, group")
     if not timm.is_model(name):
         raise ValueError(f"unknown backbone {name!r}: one of {', '.join(BACKBONES)}, or any timm model")
     with torch.device("meta"):  # a look at it, without weights
@@ -115,9 +116,8 @@ def build_backbone(name, pretrained=False, weights=None, norm="frozen", **kwargs
     if isinstance(plain, timm.models.VisionTransformer):
         kwargs = {"dynamic_img_size": True, "num_classes": 0, **kwargs}
         return PlainViT(timm.create_model(name, pretrained=pretrained, **kwargs))
-    if name.startswith(
-        "swin_"
-    ):  # any image size, windows shifted in every stage, the paper's stochastic depth
+    # Swin: any image size, windows shifted in every stage, the paper's stochastic depth.
+    if name.startswith("swin_"):
         kwargs = {"strict_img_size": False, "always_partition": True, "drop_path_rate": 0.3, **kwargs}
     with torch.device("meta"):
         strides = timm.create_model(name, features_only=True, **kwargs).feature_info.reduction()
@@ -129,8 +129,6 @@ def build_backbone(name, pretrained=False, weights=None, norm="frozen", **kwargs
         body = timm.layers.freeze_batch_norm_2d(body)
     elif norm == "group":
         _replace_batch_norm(body)
-    elif norm != "batch":
-        raise ValueError(f"unknown norm {norm!r}: one of frozen, batch, group")
     for module in body.modules():
         if isinstance(module, SwinTransformerBlock):
             module.__class__ = PadThenShiftBlock
@@ -361,7 +359,7 @@ def ms_deform_attn(value: Tensor, spatial_shapes, sampling_locations: Tensor, at
     output = 0
     for level, (H, W) in enumerate(spatial_shapes):
         samples = F.grid_sample(
-            values[level].unflatten(-1, (H, W)), grid[level].to(value.dtype), align_corners=False
+            values[level].unflatten(-1, (H, W)).to(grid.dtype), grid[level], align_corners=False
         )
         output = output + (samples * weights[level]).sum(-1)  # (B * M, D, N, P) -> (B * M, D, N)
     return output.view(B, M * D, N).transpose(1, 2)
