@@ -172,8 +172,8 @@ class SetCriterion(nn.Module):
         return (weights * losses.view_as(weights)).sum((1, 2)) / weights.sum((1, 2))
 
     def mask_losses(self, mask_logits, masks, objects):
-        """(2, G): BCE and dice of mask_logits (G, h, w) with the masks (objects of the batch, H, W) of the given
-        indices (G,), on points."""
+        """(2, G): BCE and dice, on points, of mask_logits (G, h, w) with masks[objects]; masks (all objects of
+        the batch, H, W), objects (G,)."""
         points = self.uncertain_points(mask_logits.detach())
         x = sample_points(mask_logits, points)  # (G, P)
         chunks = zip(objects.split(64), points.split(64))  # not a copy of a mask per layer
