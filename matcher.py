@@ -172,8 +172,9 @@ class SetCriterion(nn.Module):
         return (weights * losses.view_as(weights)).sum((1, 2)) / weights.sum((1, 2))
 
     def mask_losses(self, mask_logits, masks, objects):
-        """(2, G): BCE and dice on points of mask_logits (G, h, w) with masks[objects]; masks (all objects of the
-        the batch, H, W), objects (G,)."""
+        """(2, G): BCE and dice, on points, of mask_logits (G, h, w) with masks[objects].
+
+        masks: of all objects of the batch, (N, H, W); objects: (G,) indices."""
         points = self.uncertain_points(mask_logits.detach())
         x = sample_points(mask_logits, points)  # (G, P)
         chunks = zip(objects.split(64), points.split(64))  # not a copy of a mask per layer
