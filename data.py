@@ -152,9 +152,8 @@ class View:
     crop: (H, W) of the result, multiples of 32. scale: the image is first resized to fit the crop times a
     factor drawn from this range. short_side: instead, it is resized so that its shorter side is one of
     these lengths. flip: mirror half of the images.
-    colour: a photometric jitter of the weak view after SSD
-    (arXiv 1512.02325, section 3.6), brightness as a factor. blur: sigmas
-    of the strong view, in pixels."""
+    colour: a photometric jitter of the weak view after SSD (arXiv 1512.02325, section 3.6), with brightness
+    as a factor. blur: sigmas of the strong view, in pixels."""
 
     crop: tuple[int, int]
     scale: tuple[float, float] = (0.1, 2.0)
