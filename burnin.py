@@ -21,9 +21,10 @@ from torch import Tensor, nn
 import engine
 from data import View, Views, labelled_split, load_data, repeat_factors, seed_of, split_hash, stream
 from engine import Run, autocast, knob, say
-from evaluate import ap_line, evaluate, load_model
+from evaluate import ap_line, check_classes, evaluate, load_model
 from matcher import SetCriterion
 from model import Mask2Former
+from weights import initialise, read_weights
 
 
 @dataclass
@@ -61,11 +62,14 @@ class Config:
     )
     pretrained: bool = knob(True, "start from timm's ImageNet weights (downloads them)")
     backbone_weights: str = knob("", "start from this file of timm's names instead")
+    init: str = knob(
+        "", "checkpoint that every fresh model starts from: ours, the official Mask2Former's, Hugging Face's"
+    )
     backbone_args: dict = knob(None, "further arguments of timm.create_model, as JSON")
     pixel_mean: tuple = knob((), "mean of the backbone's input per RGB channel in 0..255; empty: timm's")
     pixel_std: tuple = knob((), "standard deviation likewise")
     norm: str = knob("frozen", "the backbone's batch norms: frozen, batch (trained, synchronised), group")
-    num_queries: int = knob(100, "objects found in an image at most; the paper takes 200 with swin_l")
+    num_queries: int = knob(0, "objects found in an image at most; 0: 100, with swin_l 200")
     hidden_dim: int = knob(256, "width of both decoders")
     encoder_layers: int = knob(6, "deformable attention layers of the pixel decoder")
     encoder_ffn: int = knob(1024, "width of their feed-forward networks")
@@ -117,6 +121,7 @@ class Config:
             self.steps *= 3
         if len(self.steps) != 3 or min(self.steps) < 1:
             raise ValueError(f"--steps is one number or three, each at least 1, found {self.steps}")
+        self.num_queries = self.num_queries or (200 if self.backbone == "swin_l" else 100)
         self.out = self.out or f"runs/{Path(self.data).name}-{self.ratio:g}"
 
 
@@ -282,6 +287,10 @@ class Setting:
         self.view = View(cfg.crop, cfg.scale, cfg.short_side, colour=cfg.colour, blur=cfg.blur)
         with torch.device("meta"):
             Mask2Former(**self.model_args)
+        self.init = read_weights(cfg.init)["student"] if cfg.init else None
+        if self.init:
+            for note in initialise(Mask2Former(**self.model_args), self.init):
+                say(f"--init {cfg.init}: {note}")
         engine.lr_factor(cfg.schedule, progress=0.0)
         for phase in ("teacher", "burnin", "distill", "labels_only"):
             engine.finished(cfg, phase)
@@ -293,11 +302,13 @@ class Setting:
         )
 
     def fresh_model(self, name: str) -> Mask2Former:
-        """ImageNet backbone (or random), random decoders, drawn from (seed, name)."""
+        """ImageNet backbone (or random), random decoders, drawn from (seed, name); or what --init has."""
         torch.manual_seed(seed_of(self.cfg.seed, "model", name))
-        weights = self.cfg.backbone_weights or None
+        pretrained, weights = self.cfg.pretrained and not self.init, self.cfg.backbone_weights or None
         with engine.user_errors():
-            model = Mask2Former(**self.model_args, pretrained=self.cfg.pretrained, backbone_weights=weights)
+            model = Mask2Former(**self.model_args, pretrained=pretrained, backbone_weights=weights)
+        if self.init:
+            initialise(model, self.init)
         return model.to(self.device)
 
     def streams(self, phase: str, first_step: int, guided: bool):
@@ -389,10 +400,10 @@ def burn_in_student(cfg: Config, setting: Setting) -> None:
 
 def load_teacher(cfg, setting) -> dict:
     """The teacher of phase 2: that of phase 1, or one's own: any model that knows the classes."""
-    checkpoint = engine.load_checkpoint(cfg.teacher or Path(cfg.out) / "teacher.pt")
-    if checkpoint["class_names"] != setting.train.class_names:
-        names = setting.train.class_names
-        raise ValueError(f"the teacher knows the classes {checkpoint['class_names']}, the data has {names}")
+    checkpoint = (
+        read_weights(cfg.teacher) if cfg.teacher else engine.load_checkpoint(Path(cfg.out) / "teacher.pt")
+    )
+    check_classes(checkpoint, setting.train.class_names)
     return checkpoint
 
 

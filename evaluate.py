@@ -1,8 +1,10 @@
-"""Evaluation: mask AP of a checkpoint's student and teacher, and pictures of what they predict.
+"""Evaluation: mask AP of a checkpoint's student and teacher, pictures of what they predict, and export.
 
     python evaluate.py runs/shapes-0.1/distill.pt --data shapes                # AP by size and by class
     python evaluate.py runs/coco-0.01/distill.pt --data coco --json ap.json    # the same into a file
     torchrun --nproc_per_node=8 evaluate.py runs/coco-0.01/distill.pt --data coco
+    python evaluate.py model_final_3c8ec9.pkl --data coco                      # a published checkpoint
+    python evaluate.py runs/coco-0.01/distill.pt --export my_model             # for transformers
 
 Letters in shapes: B images, Q queries, K classes, N detections of one image, H W pixels, h w = a quarter of
 the padded image's."""
@@ -25,6 +27,7 @@ from torch import Tensor
 import engine
 from data import CocoDataset, load_data, test_size, to_rle, to_tensor
 from model import Mask2Former
+from weights import read_weights
 
 
 def instances(outputs: dict, image_sizes, output_sizes=None, top_k: int = 100) -> list[dict]:
@@ -251,32 +254,60 @@ def load_model(checkpoint: dict, which: str, device) -> Mask2Former:
     return model.to(device).eval().requires_grad_(False)
 
 
+def check_classes(checkpoint: dict, class_names: list[str]) -> None:
+    """Raises ValueError unless a checkpoint knows the classes of the data, or as many if it has no names."""
+    known, number = checkpoint.get("class_names"), checkpoint["model_args"]["num_classes"]
+    if known and known != class_names:
+        raise ValueError(f"the checkpoint knows the classes {known}, the data has {class_names}")
+    if number != len(class_names):
+        raise ValueError(f"the checkpoint knows {number} classes, the data has {len(class_names)}")
+
+
 def main(argv=None) -> None:
     parser = engine.Parser(description=__doc__)
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", help="ours, or the official Mask2Former's, or Hugging Face's")
     parser.add_argument(
         "--data", help="shapes, coco or a folder; default: what the checkpoint was trained on"
     )
     parser.add_argument("--root", help="where COCO lies, or where shapes is written")
     parser.add_argument("--json", help="write the APs into this file")
     parser.add_argument("--picture", help="write a picture of predictions beside ground truth into this file")
+    parser.add_argument(
+        "--short-side",
+        type=int,
+        help="shorter side at test time, pixels; 0 keeps images; default: as trained, or 800",
+    )
+    parser.add_argument(
+        "--long-side", type=int, help="limit of the longer side, pixels; default: as trained, or 1333"
+    )
+    parser.add_argument(
+        "--export", metavar="DIR", help="write the model for Hugging Face's transformers, and stop"
+    )
+    parser.add_argument("--which", default="student", choices=("student", "teacher"), help="what to export")
     parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best there is")
     flags = parser.parse_args(argv)
     with engine.user_errors():
         device = engine.start_processes(flags.device)
-        checkpoint = engine.load_checkpoint(flags.checkpoint)
-        cfg = checkpoint["config"]
+        checkpoint = read_weights(flags.checkpoint)
+        if flags.export:
+            from tools.export import export
+
+            return export(checkpoint, flags.which, Path(flags.export))
+        cfg = {"data": None, "root": None, "test_short_side": 800, "test_long_side": 1333}
+        cfg |= checkpoint.get("config", {})
+        if not (flags.data or cfg["data"]):
+            raise ValueError(f"{flags.checkpoint} does not say what it was trained on: --data does")
         with engine.rank_zero_first():
             _, dataset = load_data(flags.data or cfg["data"], flags.root or cfg["root"] or None)
-        if dataset.class_names != checkpoint["class_names"]:
-            raise ValueError(
-                f"the checkpoint knows {checkpoint['class_names']}, the data has {dataset.class_names}"
-            )
-    sizes = {"short_side": cfg["test_short_side"], "long_side": cfg["test_long_side"]}
+        check_classes(checkpoint, dataset.class_names)
+    sizes = {
+        "short_side": cfg["test_short_side"] if flags.short_side is None else flags.short_side,
+        "long_side": cfg["test_long_side"] if flags.long_side is None else flags.long_side,
+    }
     models = {}
     for which in ("student", "teacher"):
         if checkpoint[which] is not None:
-            name = "teacher" if checkpoint["phase"] == "teacher" else which  # phase 1 trains the teacher
+            name = "teacher" if checkpoint.get("phase") == "teacher" else which  # phase 1 trains the teacher
             models[name] = load_model(checkpoint, which, device)
     aps = {which: evaluate(model, dataset, device, **sizes) for which, model in models.items()}
     engine.say(ap_table(aps))

@@ -539,6 +539,7 @@ pixel_decoder. | sem_seg_head.pixel_decoder.transformer.encoder. | model.pixel_l
     layers.#.norm2        | layers.#.norm2          | layers.#.final_layer_norm
 decoder. | sem_seg_head.predictor. | model.transformer_module.
     query_features        | query_feat              | queries_features
+    query_features        | static_query            | queries_features
     query_positions       | query_embed             | queries_embedder
     level_embed           | level_embed             | level_embed
     norm                  | decoder_norm            | decoder.layernorm

@@ -1,0 +1,447 @@
+"""Checkpoint files of other code, in and out. No published file is at hand, so they are made here: with the
+names and shapes of the official model, written down one by one."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file, save_file
+from transformers import Mask2FormerForUniversalSegmentation
+
+import distill
+import evaluate
+from model import OFFICIAL, OURS, Mask2Former, convert_state_dict, translate_state_dict
+from weights import _read, initialise, read_weights
+
+ROOT = Path(distill.__file__).parent
+
+
+def official_resnet(blocks, num_classes=80, num_queries=100, C=256) -> dict:
+    """Name -> shape of all that an official Mask2Former with a ResNet holds."""
+    shapes = {}
+
+    def layer(name, *weight, bias=True):
+        shapes[f"{name}.weight"] = weight
+        if bias:
+            shapes[f"{name}.bias"] = weight[:1]
+
+    def conv_with_frozen_norm(name, *weight):
+        shapes[f"{name}.weight"] = weight
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.norm.{part}"] = weight[:1]
+
+    conv_with_frozen_norm("backbone.stem.conv1", 64, 3, 7, 7)
+    before = 64
+    for stage, count in enumerate(blocks):
+        inner, after = 64 * 2**stage, 256 * 2**stage
+        for block in range(count):
+            name = f"backbone.res{stage + 2}.{block}"
+            if block == 0:
+                conv_with_frozen_norm(f"{name}.shortcut", after, before, 1, 1)
+            conv_with_frozen_norm(f"{name}.conv1", inner, before, 1, 1)
+            conv_with_frozen_norm(f"{name}.conv2", inner, inner, 3, 3)
+            conv_with_frozen_norm(f"{name}.conv3", after, inner, 1, 1)
+            before = after
+    return shapes | official_head([256, 512, 1024, 2048], num_classes, num_queries, C)
+
+
+def official_swin(width, depths, heads, window, num_classes=80, num_queries=100, C=256) -> dict:
+    """The same with a Swin."""
+    shapes = {}
+
+    def layer(name, *weight, bias=True):
+        shapes[f"{name}.weight"] = weight
+        if bias:
+            shapes[f"{name}.bias"] = weight[:1]
+
+    layer("backbone.patch_embed.proj", width, 3, 4, 4)
+    layer("backbone.patch_embed.norm", width)
+    for stage, (depth, M) in enumerate(zip(depths, heads)):
+        D = width * 2**stage
+        for block in range(depth):
+            name = f"backbone.layers.{stage}.blocks.{block}"
+            for norm in ("norm1", "norm2"):
+                layer(f"{name}.{norm}", D)
+            shapes[f"{name}.attn.relative_position_bias_table"] = (2 * window - 1) ** 2, M
+            shapes[f"{name}.attn.relative_position_index"] = window**2, window**2
+            layer(f"{name}.attn.qkv", 3 * D, D)
+            layer(f"{name}.attn.proj", D, D)
+            layer(f"{name}.mlp.fc1", 4 * D, D)
+            layer(f"{name}.mlp.fc2", D, 4 * D)
+        if stage < 3:
+            layer(f"backbone.layers.{stage}.downsample.reduction", 2 * D, 4 * D, bias=False)
+            layer(f"backbone.layers.{stage}.downsample.norm", 4 * D)
+        layer(f"backbone.norm{stage}", D)
+    channels = [width * 2**stage for stage in range(4)]
+    return shapes | official_head(channels, num_classes, num_queries, C)
+
+
+def official_head(channels, num_classes, num_queries, C) -> dict:
+    shapes = {}
+
+    def layer(name, *weight, bias=True):
+        shapes[f"sem_seg_head.{name}.weight"] = weight
+        if bias:
+            shapes[f"sem_seg_head.{name}.bias"] = weight[:1]
+
+    for level in range(3):
+        layer(f"pixel_decoder.input_proj.{level}.0", C, channels[3 - level], 1, 1)
+        layer(f"pixel_decoder.input_proj.{level}.1", C)
+    shapes["sem_seg_head.pixel_decoder.transformer.level_embed"] = 3, C
+    for number in range(6):
+        name = f"pixel_decoder.transformer.encoder.layers.{number}"
+        layer(f"{name}.self_attn.sampling_offsets", 8 * 3 * 4 * 2, C)
+        layer(f"{name}.self_attn.attention_weights", 8 * 3 * 4, C)
+        layer(f"{name}.self_attn.value_proj", C, C)
+        layer(f"{name}.self_attn.output_proj", C, C)
+        layer(f"{name}.linear1", 1024, C)
+        layer(f"{name}.linear2", C, 1024)
+        layer(f"{name}.norm1", C)
+        layer(f"{name}.norm2", C)
+    layer("pixel_decoder.mask_features", C, C, 1, 1)
+    layer("pixel_decoder.adapter_1", C, channels[0], 1, 1, bias=False)
+    layer("pixel_decoder.adapter_1.norm", C)
+    layer("pixel_decoder.layer_1", C, C, 3, 3, bias=False)
+    layer("pixel_decoder.layer_1.norm", C)
+    for number in range(9):
+        for kind, attention in (("self", "self_attn"), ("cross", "multihead_attn")):
+            name = f"predictor.transformer_{kind}_attention_layers.{number}"
+            shapes[f"sem_seg_head.{name}.{attention}.in_proj_weight"] = 3 * C, C
+            shapes[f"sem_seg_head.{name}.{attention}.in_proj_bias"] = (3 * C,)
+            layer(f"{name}.{attention}.out_proj", C, C)
+            layer(f"{name}.norm", C)
+        name = f"predictor.transformer_ffn_layers.{number}"
+        layer(f"{name}.linear1", 2048, C)
+        layer(f"{name}.linear2", C, 2048)
+        layer(f"{name}.norm", C)
+    layer("predictor.decoder_norm", C)
+    layer("predictor.query_feat", num_queries, C, bias=False)
+    layer("predictor.query_embed", num_queries, C, bias=False)
+    layer("predictor.level_embed", 3, C, bias=False)
+    layer("predictor.class_embed", num_classes + 1, C)
+    for number in range(3):
+        layer(f"predictor.mask_embed.layers.{number}", C, C)
+    shapes["criterion.empty_weight"] = (num_classes + 1,)
+    return shapes
+
+
+SHAPES = {  # and the numbers of parameters that are published, in millions
+    "resnet50": (official_resnet([3, 4, 6, 3]), 44.0),
+    "resnet101": (official_resnet([3, 4, 23, 3]), 63.0),
+    "swin_t": (official_swin(96, [2, 2, 6, 2], [3, 6, 12, 24], 7), 47.4),
+    "swin_s": (official_swin(96, [2, 2, 18, 2], [3, 6, 12, 24], 7), 68.7),
+    "swin_b": (official_swin(128, [2, 2, 18, 2], [4, 8, 16, 32], 12), 106.9),
+    "swin_l": (official_swin(192, [2, 2, 18, 2], [6, 12, 24, 48], 12, num_queries=200), 215.5),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_official_files_of_every_backbone_fit(name):
+    """Their names and shapes are exactly ours, the backbone is recognised, the size is the published one."""
+    shapes, millions = SHAPES[name]
+    with torch.device("meta"):
+        model = Mask2Former(80, name, num_queries=200 if name == "swin_l" else 100)
+        found = convert_state_dict({key: torch.empty(shape) for key, shape in shapes.items()})
+    own = {key: value.shape for key, value in model.state_dict().items()}
+    assert {key: value.shape for key, value in found.items()} == own
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+@pytest.fixture(scope="module")
+def official():
+    """An official R50 state dictionary with 80 classes as numpy arrays, random and of small values."""
+    rng = np.random.default_rng(0)
+    return {
+        name: rng.uniform(0.01, 0.02, shape).astype(np.float32)
+        for name, shape in SHAPES["resnet50"][0].items()
+    }
+
+
+def holds(found, official):
+    """Whether a state dictionary of ours has the values of an official one, to the bit."""
+    expected = convert_state_dict({name: torch.from_numpy(value) for name, value in official.items()})
+    return found.keys() == expected.keys() and all(torch.equal(found[n], v) for n, v in expected.items())
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_an_official_pkl_is_read(official, tmp_path, protocol):
+    with open(tmp_path / "model.pkl", "wb") as file:
+        pickle.dump({"model": official, "__author__": "someone", "matching_heuristics": True}, file, protocol)
+    checkpoint = read_weights(tmp_path / "model.pkl")
+    assert holds(checkpoint["student"], official) and checkpoint["teacher"] is None
+    Mask2Former(**checkpoint["model_args"]).load_state_dict(checkpoint["student"])
+
+
+def test_the_older_name_of_the_query_features_is_read(official, tmp_path):
+    older = dict(official)
+    older["sem_seg_head.predictor.static_query.weight"] = older.pop(
+        "sem_seg_head.predictor.query_feat.weight"
+    )
+    with open(tmp_path / "model.pkl", "wb") as file:
+        pickle.dump({"model": older}, file)
+    assert holds(read_weights(tmp_path / "model.pkl")["student"], official)
+
+
+def test_a_checkpoint_of_guided_distillation_has_a_student_and_a_teacher(official, tmp_path):
+    other = {name: value + 1 for name, value in official.items()}
+    both = {f"modelStudent.{name}": torch.from_numpy(value) for name, value in official.items()}
+    both |= {f"modelTeacher.{name}": torch.from_numpy(value) for name, value in other.items()}
+    torch.save({"model": both, "optimizer": {"state": {}}, "iteration": 9}, tmp_path / "model_0000009.pth")
+    checkpoint = read_weights(tmp_path / "model_0000009.pth")
+    assert holds(checkpoint["student"], official) and holds(checkpoint["teacher"], other)
+
+
+@pytest.mark.parametrize(
+    "dtype, order",
+    [("float64", "C"), (">f4", "C"), ("float16", "F"), ("int64", "C"), ("bool", "C"), ("uint8", "F")],
+)
+def test_arrays_of_every_kind_come_out_of_a_pickle_as_they_went_in(tmp_path, dtype, order):
+    array = np.asfortranarray(np.arange(6).reshape(2, 3) % 2, dtype=dtype)
+    array = np.array(array, order=order)
+    scalar = np.array(3, dtype=dtype)
+    for protocol in range(6):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a": array, "b": [scalar], "c": scalar}, protocol))
+        found = _read(tmp_path / "a.pkl")
+        assert np.array_equal(found["a"].numpy(), array) and found["c"].item() == scalar
+
+
+class Call:
+    """In a pickle: the call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "content, word",
+    [
+        (Call(os.system, "touch ran"), "system"),
+        (Call(eval, "open('ran', 'w')"), "eval"),
+        (Call(np.load, "ran"), "only numpy arrays"),
+        ({"model": {"x": Path("ran")}}, "Path"),
+        ({"model": {"x": np.array([Call(os.system, "touch ran")], dtype=object)}}, "system"),
+        ({"model": {"x": np.array([None])}}, "not of numbers"),
+        ({"model": {"x": np.array([(1, 2)], dtype="i4,i4")}}, "not of numbers"),
+    ],
+)
+def test_a_pickle_that_asks_for_more_than_arrays_is_refused_before_anything_runs(
+    tmp_path, monkeypatch, content, word
+):
+    monkeypatch.chdir(tmp_path)
+    Path("model.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=word):
+        read_weights("model.pkl")
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("name", ["a.pkl", "a.pth", "a.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x05\x95\xff\xff\xff\xff", b"PK\x03\x04 hello"])
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        read_weights(tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint.*gone.pkl"):
+        read_weights(tmp_path / "gone.pkl")
+
+
+# ------------------------------------------------------------------------------------------- starting from it
+
+
+def test_other_classes_and_queries_are_taken_in_and_said(make_model):
+    source, model = make_model(seed=1, num_classes=7, num_queries=4), make_model(seed=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    notes = initialise(model, source.state_dict())
+    assert (
+        len(notes) == 2 and "7 classes, the data has 3" in notes[0] and "4 queries, the model 6" in notes[1]
+    )
+    for name, value in model.state_dict().items():
+        if "class_head" in name:
+            assert torch.equal(value, before[name])
+        elif "query_" in name:
+            assert torch.equal(value[:4], source.state_dict()[name])
+            assert torch.equal(value[4:], before[name][4:])
+        else:
+            assert torch.equal(value, source.state_dict()[name])
+
+
+def test_fewer_queries_are_the_first_ones(make_model):
+    source, model = make_model(seed=1, num_queries=9), make_model(seed=2)
+    assert len(initialise(model, source.state_dict())) == 1
+    name = "decoder.query_features.weight"
+    assert torch.equal(model.state_dict()[name], source.state_dict()[name][:6])
+
+
+def test_the_same_model_is_taken_over_silently(make_model):
+    source, model = make_model(seed=1), make_model(seed=2)
+    assert initialise(model, source.state_dict()) == []
+    assert all(torch.equal(v, source.state_dict()[n]) for n, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda s: s.pop("decoder.norm.weight"), "'decoder.norm.weight' is missing"),
+        (lambda s: s.pop("decoder.class_head.bias"), "'decoder.class_head.weight'|'decoder.class_head.bias'"),
+        (lambda s: s.update({"decoder.nrm.weight": torch.ones(1)}), "no parameter 'decoder.nrm.weight'"),
+        (lambda s: s.update({"decoder.norm.bias": torch.ones(9)}), r"'decoder.norm.bias' is \(9,\)"),
+    ],
+)
+def test_any_other_difference_is_an_error_that_names_it(make_model, change, words):
+    state_dict = make_model().state_dict()
+    change(state_dict)
+    with pytest.raises(ValueError, match=words):
+        initialise(make_model(), state_dict)
+
+
+TRAINED = "--preset shapes --ratio 0.5 --steps 1 --crop 64,64 --num-queries 6 --hidden-dim 32 --batch 2"
+TRAINED += " --encoder-ffn 32 --decoder-layers 2 --decoder-ffn 32 --num-points 64 --norm frozen"
+TRAINED += " --backbone resnet50 --backbone-args {}"
+
+
+def command(script, *flags, code=0):
+    arguments = [sys.executable, str(ROOT / script), *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def pkl(tmp_path_factory):
+    """A small model of 7 classes and 9 queries in an official file."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_dim=32, encoder_layers=1, encoder_ffn=32, decoder_layers=2, decoder_ffn=32)
+    model = Mask2Former(7, "resnet50", num_queries=9, **sizes)
+    names = translate_state_dict(model.state_dict(), OURS, OFFICIAL)
+    path = tmp_path_factory.mktemp("official") / "model_final.pkl"
+    path.write_bytes(pickle.dumps({"model": {name: value.numpy() for name, value in names.items()}}))
+    return path, model
+
+
+def test_training_starts_from_an_official_file(pkl, shapes, tmp_path):
+    """Both fresh models do, and what was left out is said once; a learning rate of zero changes nothing."""
+    path, source = pkl
+    flags = ["--data", shapes, *TRAINED.split(), "--init", path, "--lr", "0", "--out", tmp_path]
+    printed = command("burnin.py", *flags).stdout
+    assert printed.count("7 classes, the data has 4") == printed.count("9 queries, the model 6") == 1
+    for phase in ("teacher", "burnin"):
+        found = read_weights(tmp_path / f"{phase}.pt")["student"]
+        for name, value in source.state_dict().items():
+            if "query_" in name:
+                assert torch.equal(found[name], value[:6])
+            elif "class_head" not in name:
+                assert torch.equal(found[name], value), name
+
+
+def test_an_official_file_can_be_the_teacher_only_with_the_classes_of_the_data(pkl, shapes, tmp_path):
+    flags = ["--data", shapes, *TRAINED.split(), "--teacher", pkl[0], "--out", tmp_path]
+    error = command("burnin.py", *flags, code=2).stderr
+    assert error == "error: the checkpoint knows 7 classes, the data has 4\n"
+
+
+def test_an_official_file_is_evaluated(pkl, make_dataset, tmp_path, capsys):
+    """Like the model itself."""
+    path, source = pkl
+    rng = np.random.default_rng(0)
+    images = {number: rng.integers(0, 256, (64, 64, 3)) for number in range(2)}
+    square = [[8, 8, 40, 8, 40, 40, 8, 40]]
+    annotations = [
+        dict(image_id=i, category_id=1, segmentation=square, area=1024, bbox=[8, 8, 32, 32]) for i in images
+    ]
+    dataset = make_dataset(images, annotations, category_ids=range(1, 8))
+    for split in ("train", "val"):
+        (tmp_path / f"instances_{split}.json").write_text((tmp_path / "instances.json").read_text())
+    evaluate.main(
+        [str(path), "--data", str(tmp_path), "--short-side", "0", "--long-side", "0", "--device", "cpu"]
+    )
+    printed = capsys.readouterr().out
+    assert evaluate.ap_table({"student": evaluate.evaluate(source, dataset)}) in printed
+    with pytest.raises(SystemExit):
+        evaluate.main([str(path)])
+    assert "--data" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- export
+
+
+def perturbed(model):
+    """No value is as it was initialised, so that two of them cannot be mixed up."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value += 0.02 * torch.rand_like(value) if "var" in name else 0.02 * torch.randn_like(value)
+    return model.eval()
+
+
+SMALL_SWIN = dict(embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4), window_size=4)
+
+
+@pytest.mark.parametrize(
+    "which, arguments",
+    [
+        ("student", dict(backbone="resnet50")),
+        ("teacher", dict(backbone="resnet50", norm="batch")),
+        ("student", dict(backbone="swin_t", num_queries=7)),
+        ("student", dict(backbone="swin_t", backbone_args=SMALL_SWIN, hidden_dim=32)),
+    ],
+)
+def test_an_exported_model_is_the_same_in_transformers(tmp_path, which, arguments):
+    arguments = dict(num_classes=3, encoder_layers=1, decoder_layers=2, decoder_ffn=64, **arguments)
+    torch.manual_seed(0)
+    model, other = perturbed(Mask2Former(**arguments)), Mask2Former(**arguments).state_dict()
+    checkpoint = {
+        "student": other, "teacher": other, "model_args": arguments, "class_names": ["a", "b", "c"],
+        which: model.state_dict(),
+    }  # fmt: skip
+    torch.save(checkpoint, tmp_path / "distill.pt")
+    evaluate.main([str(tmp_path / "distill.pt"), "--export", str(tmp_path / "out"), "--which", which])
+
+    theirs, report = Mask2FormerForUniversalSegmentation.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
+    images = torch.randint(0, 256, (1, 3, 256, 288))
+    pixels = (images - model.pixel_mean) / model.pixel_std
+    with torch.no_grad():
+        found, expected = theirs.eval()(pixels), model(images)
+    for mine, other in (("pred_logits", "class_queries_logits"), ("pred_masks", "masks_queries_logits")):
+        scale = expected[mine].abs().max()
+        torch.testing.assert_close(found[other] / scale, expected[mine] / scale, rtol=0, atol=1e-5)
+
+    for file in ("model.safetensors", "official.safetensors"):  # and back, to the bit
+        again = convert_state_dict(load_file(tmp_path / "out" / file))
+        own = {name: value for name, value in model.state_dict().items() if "num_batches" not in name}
+        assert again.keys() == own.keys() and all(torch.equal(again[n], v) for n, v in own.items())
+
+
+def test_the_official_form_read_and_written_again_has_the_same_bytes(tmp_path, official):
+    tensors = {
+        name: torch.from_numpy(value) for name, value in official.items() if name != "criterion.empty_weight"
+    }
+    save_file(tensors, tmp_path / "first.safetensors", metadata={"format": "pt"})
+    evaluate.main([str(tmp_path / "first.safetensors"), "--export", str(tmp_path)])
+    found = load_file(tmp_path / "official.safetensors")
+    assert found.keys() == tensors.keys()
+    assert (tmp_path / "official.safetensors").read_bytes() == (tmp_path / "first.safetensors").read_bytes()
+
+
+def test_what_has_no_form_in_transformers_is_refused(tmp_path, make_model, capsys):
+    model = make_model()
+    torch.save({"student": model.state_dict(), "teacher": None, "model_args": TINY}, tmp_path / "a.pt")
+    for flags, words in (([], "resnet50"), (["--which", "teacher"], "no teacher")):
+        with pytest.raises(SystemExit):
+            evaluate.main([str(tmp_path / "a.pt"), "--export", str(tmp_path / "out"), *flags])
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
