@@ -18,10 +18,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import cityscapes
 import engine
-from data import View, Views, labelled_split, load_data, repeat_factors, seed_of, split_hash, stream
+from data import (
+    DataError,
+    Pool,
+    View,
+    Views,
+    labelled_split,
+    listed_split,
+    load_data,
+    repeat_factors,
+    seed_of,
+    split_hash,
+    stream,
+)
 from engine import Run, autocast, knob, say
-from evaluate import ap_line, check_classes, evaluate, load_model
+from evaluate import ap_line, check_classes, evaluate, is_cityscapes, load_model
 from matcher import SetCriterion
 from model import Mask2Former
 from weights import initialise, read_weights
@@ -34,9 +47,15 @@ class Config:
 
     # data
     data: str = knob(
-        "shapes", "shapes, coco, or a folder with instances_train.json, instances_val.json, images/"
+        "shapes",
+        "shapes, coco, cityscapes, or a folder with instances_train.json, instances_val.json, images/",
     )
-    root: str = knob("", "where COCO lies, or where shapes is written; empty: a folder under datasets/")
+    root: str = knob("", "where COCO or Cityscapes lies, or shapes is written; empty: a folder in datasets/")
+    train_json: str = knob("", "with a folder as --data: this file in place of its instances_train.json")
+    val_json: str = knob("", "this in place of its instances_val.json")
+    images: str = knob("", "this folder in place of its images/")
+    unlabelled: list = knob(None, "folders of images that join the unlabelled pool, with all that is below")
+    split: str = knob("", "file with the labelled images, a line each, in place of --ratio")
     preset: str = knob(
         "", "values of another data set: shapes, coco or cityscapes; empty: those of --data, or coco"
     )
@@ -122,7 +141,8 @@ class Config:
         if len(self.steps) != 3 or min(self.steps) < 1:
             raise ValueError(f"--steps is one number or three, each at least 1, found {self.steps}")
         self.num_queries = self.num_queries or (200 if self.backbone == "swin_l" else 100)
-        self.out = self.out or f"runs/{Path(self.data).name}-{self.ratio:g}"
+        share = Path(self.split).stem or f"{self.ratio:g}"
+        self.out = self.out or f"runs/{Path(self.data).name}-{share}"
 
 
 PRESETS = {
@@ -259,14 +279,21 @@ class Setting:
                 "--norm batch is synchronised on GPUs only; on several CPUs take group or frozen"
             )
         with engine.rank_zero_first():
-            self.train, self.val = load_data(cfg.data, cfg.root or None)
+            files = dict(train_json=cfg.train_json, val_json=cfg.val_json, images=cfg.images)
+            self.train, self.val = load_data(cfg.data, cfg.root or None, **files)
             Path(cfg.out).mkdir(parents=True, exist_ok=True)
         names = self.train.class_names
-        if self.val.class_names != names:
+        if self.val and self.val.class_names != names:
             raise ValueError(f"training has the classes {names}, validation {self.val.class_names}")
         if cfg.backbone_weights and not Path(cfg.backbone_weights).is_file():
             raise ValueError(f"no file --backbone-weights {cfg.backbone_weights!r}")
-        self.labelled = labelled_split(self.train.image_ids, cfg.ratio, cfg.seed)
+        if cfg.split:
+            self.labelled = listed_split(cfg.split, self.train)
+        else:
+            self.labelled = labelled_split(self.train.image_ids, cfg.ratio, cfg.seed)
+        self.pool = Pool(self.train, cfg.unlabelled or (), known=[self.train, self.val])
+        if is_cityscapes(self.val):
+            cityscapes.rules()
         self.num_classes = len(self.train.class_names)
         names = "backbone backbone_args norm num_queries hidden_dim"
         names += " encoder_layers encoder_ffn decoder_layers decoder_ffn"
@@ -298,8 +325,27 @@ class Setting:
             load_teacher(cfg, self)
         say(
             f"{cfg.data}: {len(self.train)} training images, {len(self.labelled)} of them labelled (split "
-            f"{self.describe['split']}), {len(self.val)} for validation, {self.num_classes} classes"
+            f"{self.describe['split']}), {len(self.pool.image_ids)} in the unlabelled pool, "
+            f"{len(self.val or ())} for validation, {self.num_classes} classes"
         )
+        for warning in self.warnings():
+            say(f"warning: {warning}")
+
+    def warnings(self):
+        """What training can do with but its owner would want to know."""
+        if not self.val:
+            yield f"{self.cfg.data} has no validation set, so no AP will be shown"
+        for dataset in (self.train, self.val):
+            if dataset and dataset.dropped:
+                first, number = dataset.dropped[0], len(dataset.dropped)
+                yield f"{dataset.json_file}: {number} annotations are left out, such as: {first}"
+        labels = [self.train.labels(image_id) for image_id in self.labelled]
+        without = set(range(self.num_classes)) - {label for image in labels for label in image}
+        if without:
+            names = ", ".join(self.train.class_names[label] for label in sorted(without)[:10])
+            yield f"{len(without)} classes are in no labelled image: {names}"
+        if max(map(len, labels)) > self.cfg.num_queries:
+            yield f"an image has {max(map(len, labels))} objects, the model {self.cfg.num_queries} queries"
 
     def fresh_model(self, name: str) -> Mask2Former:
         """ImageNet backbone (or random), random decoders, drawn from (seed, name); or what --init has."""
@@ -335,14 +381,16 @@ class Setting:
         if not guided:
             return labelled
         unlabelled = stream(
-            Views(self.train, self.view, labels=False, strong=True),
-            self.train.image_ids,
+            Views(self.pool, self.view, labels=False, strong=True),
+            self.pool.image_ids,
             seed=seed_of(cfg.seed, phase, "unlabelled"),
             **common,
         )
         return labelled, unlabelled
 
     def evaluate(self, model) -> dict:
+        if not self.val:
+            return {}
         return evaluate(
             model,
             self.val,
@@ -452,4 +500,5 @@ if __name__ == "__main__":
     with engine.user_errors():
         cfg = engine.parse_config(Config, PRESETS, None, __doc__)
         setting = Setting(cfg)
-    main(cfg, setting)
+    with engine.user_errors(DataError):
+        main(cfg, setting)

@@ -1,10 +1,12 @@
 """Every dataset as COCO JSON: reading, the split into labelled and unlabelled images, weak and strong
 views, and endless streams of batches.
 
-    train, val = load_data("shapes")                         # or "coco", or the folder of a dataset
+    train, val = load_data("shapes")            # or "coco", "cityscapes", or the folder of a dataset
     labelled = labelled_split(train.image_ids, ratio=0.1, seed=0)
     batches = stream(Views(train, View(crop=(96, 96))), labelled, batch=8, seed=seed_of(0, "labelled"))
     batch = next(batches)                                    # [{"image", "labels", "masks"}] * 8
+
+    python data.py my_dataset                                # checks a data set before it costs days
 
 Nothing here draws from a global random generator: the view of an image is a function of the stream's seed
 and the position in the stream, so neither the number of workers nor a restart changes it. This file needs
@@ -12,19 +14,22 @@ torch, torchvision, numpy, Pillow and pycocotools and can be copied out alone.
 
 Letters in shapes: N objects of one image, H W pixels."""
 
-import colorsys
 import hashlib
 import itertools
 import json
 import math
 import os
+import pickle
+import re
 import signal
+import stat
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from pycocotools import mask as rle_tools
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
@@ -41,58 +46,305 @@ def seed_of(*key) -> int:
 # --------------------------------------------------------------------------------------------------- reading
 
 
+class DataError(ValueError):
+    """Something about the data that its owner can put right, in one line."""
+
+
 class CocoDataset:
-    """Images and instance masks of one COCO JSON file.
+    """Images and instance masks of one COCO JSON file, checked.
 
     image_ids: ascending. class_names, category_ids: label k is the k-th category in the order of ids, which
     may have gaps. Images without annotations are images like any other. Crowd regions are kept apart: they
-    are no training targets. Raises ValueError for a file that is missing or not of this form."""
+    are no training targets. dropped: a line for each annotation that is left out because it has no mask.
+    Raises DataError for a file that is missing, not of this form, or at odds with itself or its images. With
+    strict=False what is wrong is left out and listed in errors."""
 
-    def __init__(self, json_file, image_folder):
+    def __init__(self, json_file, image_folder, strict: bool = True):
         self.json_file, self.image_folder = Path(json_file), Path(image_folder)
-        if not self.json_file.is_file():
-            raise ValueError(f"no annotation file {str(json_file)!r}")
-        try:
-            content = json.loads(self.json_file.read_text(encoding="utf-8"))
-            categories = sorted(content["categories"], key=lambda category: category["id"])
-            self.category_ids = [category["id"] for category in categories]
-            self.class_names = [category["name"] for category in categories]
-            self.images = {image["id"]: image for image in content["images"]}
-            self.image_ids = sorted(self.images)
-            self.annotations = {image_id: [] for image_id in self.image_ids}
-            self.label_of = {category_id: label for label, category_id in enumerate(self.category_ids)}
-            for annotation in content["annotations"]:
-                self.annotations[annotation["image_id"]].append(annotation)
-                self.label_of[annotation["category_id"]], annotation["segmentation"]  # a KeyError if missing
-            for image in self.images.values():
-                image["height"], image["width"], image["file_name"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{json_file} is not a COCO instances file: {error!r}") from None
-        missing = [image["file_name"] for image in self.images.values() if not self.path(image).is_file()]
-        if missing:
-            raise ValueError(
-                f"{len(missing)} images of {json_file} are not in {image_folder}: {missing[0]!r}"
-            )
+        categories, images, annotations, self.errors, self.dropped = read_coco(json_file, image_folder)
+        if self.errors and strict:
+            more = f" ({len(self.errors)} problems in all; python data.py lists them)"
+            raise DataError(f"{json_file}: {self.errors[0]}{more if len(self.errors) > 1 else ''}")
+        self.category_ids = sorted(categories)
+        self.class_names = [categories[category_id]["name"] for category_id in self.category_ids]
+        self.image_ids = sorted(images)
+        self._label = {category_id: label for label, category_id in enumerate(self.category_ids)}
+        self._row = {image_id: row for row, image_id in enumerate(self.image_ids)}
+        self._sizes = np.array([(images[i]["height"], images[i]["width"]) for i in self.image_ids]).reshape(
+            -1, 2
+        )
+        self._names = Packed(images[i]["file_name"] for i in self.image_ids)
+        by_image = {image_id: [] for image_id in self.image_ids}
+        for annotation in annotations:
+            by_image[annotation["image_id"]].append(annotation)
+        self._annotations = Packed(by_image.values())
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def path(self, image: dict) -> Path:
-        return self.image_folder / image["file_name"]
+    def file_name(self, image_id) -> str:
+        return self._names[self._row[image_id]]
+
+    def path(self, image_id) -> Path:
+        return self.image_folder / self.file_name(image_id)
 
     def size(self, image_id) -> tuple[int, int]:
         """(H, W)"""
-        return self.images[image_id]["height"], self.images[image_id]["width"]
+        return tuple(self._sizes[self._row[image_id]].tolist())
 
     def image(self, image_id) -> Image.Image:
-        return Image.open(self.path(self.images[image_id])).convert("RGB")
+        return read_image(self.path(image_id), self.size(image_id))
+
+    def annotations(self, image_id) -> list[dict]:
+        return self._annotations[self._row[image_id]]
 
     def objects(self, image_id) -> list[dict]:
         """The annotations of an image that are single objects, not crowds."""
-        return [annotation for annotation in self.annotations[image_id] if not annotation.get("iscrowd")]
+        return [annotation for annotation in self.annotations(image_id) if not annotation["iscrowd"]]
 
     def labels(self, image_id) -> list[int]:
-        return [self.label_of[annotation["category_id"]] for annotation in self.objects(image_id)]
+        return [self._label[annotation["category_id"]] for annotation in self.objects(image_id)]
+
+
+class Pool:
+    """Unlabelled images: those of a dataset, and all image files below some folders, except those that
+    `known` datasets hold. image_ids: 0, 1, 2, ..."""
+
+    def __init__(self, dataset: CocoDataset, folders=(), known=()):
+        self.dataset = dataset
+        leave_out = {os.path.realpath(d.path(i)) for d in known if d for i in d.image_ids} if folders else ()
+        paths = []
+        for folder in folders:
+            if not Path(folder).is_dir():
+                raise DataError(f"no folder {str(folder)!r} of unlabelled images")
+            found = [path for path in image_files(folder) if path not in leave_out]
+            if not found:
+                raise DataError(f"no further image below {str(folder)!r}")
+            paths += found
+        self._paths = Packed(paths)
+        self.image_ids = range(len(dataset) + len(self._paths))
+
+    def image(self, image_id) -> Image.Image:
+        return read_image(self.path(image_id), self.size(image_id))
+
+    def path(self, image_id):
+        number = image_id - len(self.dataset)
+        return self._paths[number] if number >= 0 else self.dataset.path(self.dataset.image_ids[image_id])
+
+    def size(self, image_id) -> tuple[int, int] | None:
+        in_dataset = image_id < len(self.dataset)
+        return self.dataset.size(self.dataset.image_ids[image_id]) if in_dataset else None
+
+
+class Packed:
+    """A list that never changes, as two arrays: a million items are no Python objects that every loader
+    process would come to copy."""
+
+    def __init__(self, items):
+        parts = [pickle.dumps(item, pickle.HIGHEST_PROTOCOL) for item in items]
+        self.ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        self.bytes = np.frombuffer(b"".join(parts), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int):
+        start = self.ends[index - 1] if index else 0
+        return pickle.loads(self.bytes[start : self.ends[index]].tobytes())
+
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+
+def image_files(folder) -> list[str]:
+    """The real paths of all image files below a folder, in order."""
+    paths = []
+    for parent, _, names in os.walk(os.path.realpath(folder)):
+        paths += [os.path.join(parent, name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    return sorted(paths)
+
+
+def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
+    """An image file of any mode as RGB.
+
+    16-bit values are scaled to 8 bits; transparency is left out. An EXIF orientation is applied, as tools for
+    annotation do, unless only the stored pixels have the `size` (H, W) of the annotations. Raises DataError
+    for a file that cannot be read or has another size."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            turned = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
+            if size in (None, (turned.height, turned.width)):
+                image = turned
+            elif size != (image.height, image.width):
+                found = f"{turned.height} x {turned.width}"
+                raise DataError(
+                    f"image {str(path)!r} is {found}, its annotations are for {size[0]} x {size[1]}"
+                )
+            if image.mode.startswith("I"):  # 16 bits
+                values = np.asarray(image).astype(np.float32) / 257
+                image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+            elif image.mode == "F":
+                raise DataError(f"image {str(path)!r} has floating-point pixels")
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"image {str(path)!r} is gone") from None
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        raise DataError(f"image {str(path)!r} cannot be read: {error or type(error).__name__}") from None
+
+
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+# -------------------------------------------------------------------------------------------------- checking
+
+
+def read_coco(json_file, image_folder) -> tuple[dict, dict, list[dict], list[str], list[str]]:
+    """The categories and images of a COCO JSON file by their ids, its annotations, what is wrong with it, and
+    what of it is left out because it has no mask. What is returned can be trusted: pycocotools' C code checks
+    nothing. Raises DataError for a file that is not of this form at all."""
+    try:
+        content = json.loads(Path(json_file).read_text(encoding="utf-8"))
+        lists = [content[name] for name in ("categories", "images", "annotations")]
+        if not all(isinstance(entries, list) for entries in lists):
+            raise TypeError("categories, images and annotations are lists")
+    except FileNotFoundError:
+        raise DataError(f"no annotation file {str(json_file)!r}") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
+        raise DataError(f"{json_file} is not a COCO instances file: {error!r}"[:500]) from None
+    errors, dropped = [], []
+
+    def passed(entries, kind, check):
+        """The entries that pass the check, by id."""
+        result = {}
+        for entry in entries:
+            name = f"{kind} {entry.get('id')!r}" if isinstance(entry, dict) else f"{kind} {entry!r}"
+            try:
+                if not isinstance(entry, dict) or type(entry.get("id")) is not int:
+                    raise DataError("its id is no whole number")
+                if entry["id"] in result:
+                    raise DataError("another one has the same id")
+                result[entry["id"]] = check(entry)
+            except DataError as error:
+                errors.append(f"{name[:80]}: {error}")
+        return result
+
+    def check_annotation(entry):
+        for key, known in (("image_id", images), ("category_id", categories)):
+            if type(entry.get(key)) is not int or entry[key] not in known:
+                raise DataError(f"its {key} {entry.get(key)!r} is not in the file"[:200])
+        image = images[entry["image_id"]]
+        area = entry.get("area")
+        usable = {"id": entry["id"], "image_id": entry["image_id"], "category_id": entry["category_id"]}
+        usable["iscrowd"] = int(bool(entry.get("iscrowd")))
+        usable["area"] = float(area) if isinstance(area, (int, float)) and 0 < area < MAX_PIXELS else None
+        try:
+            mask = usable_mask(entry.get("segmentation"), image["height"], image["width"])
+        except DataError as error:
+            raise DataError(f"(image {entry['image_id']}) {error}") from None
+        if mask is None:
+            dropped.append(f"annotation {entry['id']} (image {entry['image_id']}) has no mask")
+            return None
+        return {**usable, "segmentation": mask}
+
+    categories = passed(lists[0], "category", check_category)
+    images = passed(lists[1], "image", image_check(image_folder))
+    annotations = passed(lists[2], "annotation", check_annotation)
+    return categories, images, [entry for entry in annotations.values() if entry], errors, dropped
+
+
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # of an image; Pillow refuses larger ones as decompression bombs
+
+
+def check_category(entry: dict) -> dict:
+    if not isinstance(entry.get("name"), str):
+        raise DataError(f"its name is {entry.get('name')!r}"[:200])
+    return entry
+
+
+def image_check(folder):
+    """A function that returns an image entry whose size makes sense and whose file lies in the folder."""
+    root = os.path.realpath(folder)
+    within = {}  # for each folder in it: whether it is no link that leads out
+
+    def is_within(path):
+        real = os.path.realpath(path)
+        return real == root or real.startswith(os.path.join(root, ""))
+
+    def check(entry):
+        name, size = entry.get("file_name"), (entry.get("height"), entry.get("width"))
+        if not all(type(side) is int and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
+            raise DataError(f"height and width {size!r} are no size of an image"[:200])
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise DataError(f"its file_name is {name!r}"[:200])
+        path = os.path.join(root, name)
+        parent = os.path.dirname(path)
+        if parent not in within:
+            within[parent] = is_within(parent)
+        try:
+            link = stat.S_ISLNK(os.lstat(path).st_mode)
+            if not within[parent] or (link and not is_within(path)):
+                raise DataError(f"its file {name!r} leads out of {folder}")
+            found = stat.S_ISREG(os.stat(path).st_mode)
+        except OSError:
+            found = False
+        if not found:
+            raise DataError(f"its file {name!r} is not in {folder}"[:500])
+        return {key: entry[key] for key in ("height", "width", "file_name")}
+
+    return check
+
+
+def usable_mask(segmentation, H: int, W: int):
+    """A segmentation whose every number makes sense in an image (H, W), without polygons that have less than
+    three corners or leave the image by more than its size; None if no mask is left. Raises DataError for what
+    is no segmentation of this image."""
+    if isinstance(segmentation, list):
+        return [polygon for polygon in segmentation if is_polygon(polygon, max(H, W))] or None
+    if not isinstance(segmentation, dict):
+        raise DataError("its segmentation is neither polygons nor an RLE")
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if size != [H, W]:
+        raise DataError(f"its RLE is of (height, width) {size!r}, the image of {[H, W]}"[:200])
+    if isinstance(counts, str):
+        counts = rle_runs(counts).tolist()
+    elif not isinstance(counts, list) or not all(type(run) is int and run >= 0 for run in counts):
+        raise DataError("its RLE has no counts")
+    if sum(counts) != H * W:
+        raise DataError(f"the runs of its RLE sum to {sum(counts)}, the image has {H * W} pixels"[:200])
+    return {"size": size, "counts": segmentation["counts"]} if any(counts[1::2]) else None
+
+
+def is_polygon(polygon, reach: int) -> bool:
+    """Whether it is a list x, y, x, y, ... of three corners or more, none further than `reach` outside."""
+    try:
+        enough = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
+        return enough and math.isfinite(sum(polygon)) and min(polygon) >= -reach and max(polygon) <= 2 * reach
+    except (TypeError, OverflowError):
+        return False
+
+
+def rle_runs(counts: str) -> np.ndarray:
+    """The lengths of the runs of 0 and 1 in turn of a compressed RLE. COCO's format: groups of 5 bits, lowest
+    first, 32 marks that more follow, and from the fourth on the difference to the last but one. Raises
+    DataError for characters that are none."""
+    digits = np.frombuffer(counts.encode("latin1", "replace"), dtype=np.uint8).astype(np.int64) - 48
+    if not len(digits) or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+        raise DataError("the counts of its RLE are damaged")
+    ends = np.flatnonzero(digits & 32 == 0) + 1
+    starts = np.concatenate([[0], ends[:-1]])
+    lengths = ends - starts
+    place = np.arange(len(digits)) - np.repeat(starts, lengths)
+    if lengths.max() > 6:
+        raise DataError("the counts of its RLE are damaged")
+    runs = np.add.reduceat((digits & 31) << (5 * place), starts)
+    runs -= ((digits[ends - 1] & 16) != 0).astype(np.int64) << (5 * lengths)  # the sign
+    runs[2::2], runs[1::2] = runs[2::2].cumsum(), runs[1::2].cumsum()
+    if runs.min() < 0:
+        raise DataError("the counts of its RLE are damaged")
+    return runs
 
 
 def to_rle(segmentation, height: int, width: int) -> dict:
@@ -105,26 +357,47 @@ def to_rle(segmentation, height: int, width: int) -> dict:
     return segmentation
 
 
-def load_data(data: str, root: str | None = None) -> tuple[CocoDataset, CocoDataset]:
-    """The training and the validation set of `data`: "shapes", "coco", or the path of a folder. root: where
-    COCO lies, or where shapes is written (default: datasets). Raises ValueError for anything else."""
+# --------------------------------------------------------------------------------------------- which images
+
+
+def find_data(data: str, root=None, *, train_json="", val_json="", images="") -> list[tuple]:
+    """The arguments of `CocoDataset` for the training and the validation set of `data`: "shapes", "coco",
+    "cityscapes", or the path of a folder with instances_train.json, instances_val.json and images/, of which
+    the last three arguments replace one. Empty for the validation set of a folder without its file. root:
+    where COCO or Cityscapes lies, or where shapes is written (default: datasets/). Raises DataError."""
+    folder = Path(data)
+    if (train_json or val_json or images) and data in ("shapes", "coco", "cityscapes"):
+        raise DataError(
+            f"--train-json, --val-json and --images go with a folder as --data, not with {data!r}"
+        )
+    if data == "coco":
+        root = Path(root or "datasets/coco")
+        return [(root / f"annotations/instances_{p}2017.json", root / f"{p}2017") for p in ("train", "val")]
+    if data == "cityscapes":
+        from cityscapes import convert
+
+        root = Path(root or "datasets/cityscapes")
+        return [(json_file, root / "leftImg8bit") for json_file in convert(root)]
     if data == "shapes":
+        from shapes import write_shapes
+
         folder = Path(root or "datasets") / "shapes"
         if not folder.exists():
             write_shapes(folder)
-    elif data == "coco":
-        root = Path(root or "datasets/coco")
-        return tuple(
-            CocoDataset(root / f"annotations/instances_{part}2017.json", root / f"{part}2017")
-            for part in ("train", "val")
-        )
-    else:
-        folder = Path(data)
-        if not folder.is_dir():
-            raise ValueError(f"--data {data!r} is neither shapes, coco nor a folder that exists")
-    return tuple(
-        CocoDataset(folder / f"instances_{part}.json", folder / "images") for part in ("train", "val")
-    )
+    elif not folder.is_dir() and not (train_json and images):
+        raise DataError(f"--data {data!r} is neither shapes, coco, cityscapes nor a folder that exists")
+    images = images or folder / "images"
+    validation = val_json or folder / "instances_val.json"
+    has_validation = val_json or validation.exists()
+    return [
+        (train_json or folder / "instances_train.json", images),
+        (validation, images) if has_validation else (),
+    ]
+
+
+def load_data(data: str, root=None, **files) -> tuple:
+    """The training and the validation set that `find_data` finds; the latter may be None."""
+    return tuple(CocoDataset(*found) if found else None for found in find_data(data, root, **files))
 
 
 def labelled_split(image_ids, ratio: float, seed: int) -> list:
@@ -134,6 +407,37 @@ def labelled_split(image_ids, ratio: float, seed: int) -> list:
         raise ValueError(f"ratio {ratio} must be in (0, 1]: 0.05 is 5 %")
     order = sorted(image_ids, key=lambda image_id: seed_of(seed, "split", image_id))
     return sorted(order[: max(1, round(ratio * len(order)))])
+
+
+def listed_split(file, dataset: CocoDataset) -> list:
+    """The images of a data set that a file lists, a line each: the file name or its last part, with or
+    without its ending (the names of Cityscapes' *_gtFine_instanceIds.png also mean their images), or the id.
+    Raises DataError for a line that names no image, or several."""
+
+    def stem(name):
+        return re.sub(r"(_leftImg8bit|_gtFine_\w+)?\.\w+$", "", name)
+
+    by_name = {}
+    for image_id in dataset.image_ids:
+        name = stem(dataset.file_name(image_id))
+        for key in {str(image_id), name, Path(name).name}:
+            by_name.setdefault(key, []).append(image_id)
+    try:
+        lines = Path(file).read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"the split {str(file)!r} cannot be read: {error}") from None
+    split = set()
+    for number, line in enumerate(lines, start=1):
+        name = stem(line.strip())
+        found = by_name.get(name) or by_name.get(Path(name).name, [])
+        if name and len(found) != 1:
+            raise DataError(
+                f"{file}, line {number}: {line.strip()!r} names {len(found)} images, not one"[:500]
+            )
+        split.update(found if name else [])
+    if not split:
+        raise DataError(f"{file} lists no image")
+    return sorted(split)
 
 
 def split_hash(image_ids) -> str:
@@ -190,11 +494,12 @@ class Geometry:
         top, left = (int(rng.integers(0, r - w + 1)) for r, w in zip(resized, window))
         return Geometry(resized, top, left, window, view.flip and rng.random() < 0.5, view.crop)
 
-    def cut(self, image: Image.Image, resample=Image.Resampling.BILINEAR) -> Image.Image:
+    def cut(self, image: Image.Image) -> Image.Image:
         """The window of an image; only what is kept is resized."""
         y, x = image.height / self.resized[0], image.width / self.resized[1]
         (h, w), top, left = self.window, self.top, self.left
-        image = image.resize((w, h), resample, box=(left * x, top * y, (left + w) * x, (top + h) * y))
+        box = left * x, top * y, (left + w) * x, (top + h) * y
+        image = image.resize((w, h), Image.Resampling.BILINEAR, box)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
 
     def image(self, image: Image.Image) -> Image.Image:
@@ -215,9 +520,17 @@ class Geometry:
             mask = rle_tools.decode(to_rle(polygons, *self.crop)).astype(bool)
             mask[self.window[0] :] = mask[:, self.window[1] :] = False  # of a polygon that leaves its image
             return mask
-        full = Image.fromarray(rle_tools.decode(to_rle(segmentation, H, W)))
-        mask = np.zeros(self.crop, dtype=bool)
-        mask[: self.window[0], : self.window[1]] = np.asarray(self.cut(full, Image.Resampling.NEAREST))
+        # The nearest pixel of each; only the columns of the window are decoded.
+        (h, w), mask = self.window, np.zeros(self.crop, dtype=bool)
+        rows = ((self.top + np.arange(h) + 0.5) * (H / self.resized[0])).astype(int)
+        columns = ((self.left + np.arange(w) + 0.5) * (W / self.resized[1])).astype(int)
+        counts = segmentation["counts"]
+        ends = np.cumsum(rle_runs(counts) if isinstance(counts, str) else counts)
+        first, last = columns[0] * H, (columns[-1] + 1) * H
+        runs = np.diff(ends.clip(first, last), prepend=first)
+        part = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(-1, H).T
+        part = part[np.ix_(rows, columns - columns[0])]
+        mask[:h, :w] = part[:, ::-1] if self.flip else part
         return mask
 
 
@@ -257,7 +570,7 @@ class Views(Dataset):
     - if `labels`: "labels" (N,) int64 and "masks" (N, H, W) bool, of the objects visible in the crop.
     """
 
-    def __init__(self, dataset: CocoDataset, view: View, *, labels: bool = True, strong: bool = False):
+    def __init__(self, dataset: CocoDataset | Pool, view: View, *, labels: bool = True, strong: bool = False):
         self.dataset, self.view, self.with_labels, self.with_strong = dataset, view, labels, strong
 
     def __getitem__(self, key) -> dict:
@@ -273,8 +586,7 @@ class Views(Dataset):
         if self.with_strong:
             item["strong"] = to_tensor(strong_view(weak, rng, self.view.blur))
         if self.with_labels:
-            size = self.dataset.size(image_id)  # of the annotations; the file may be a smaller copy
-            masks = [geometry.mask(o["segmentation"], *size) for o in self.dataset.objects(image_id)]
+            masks = [geometry.mask(o["segmentation"], H, W) for o in self.dataset.objects(image_id)]
             masks = np.stack(masks) if masks else np.zeros((0, *self.view.crop), dtype=bool)
             visible = masks.any(axis=(1, 2))
             item["labels"] = torch.tensor(self.dataset.labels(image_id), dtype=torch.int64)[visible]
@@ -304,19 +616,51 @@ def stream(
 ):
     """An endless iterator over batches, each a list of `batch` items of `views`. With several processes
     each takes its own part of a common batch. first_step: where to go on. sampling: arguments of
-    `StepSampler`."""
+    `StepSampler`.
+
+    A damaged image gives way to another one and is named on standard error; DataError ends the stream when
+    they are more than one and more than 1 % of all."""
     sampler = StepSampler(image_ids, batch, seed, rank, world_size, first_step, **sampling)
-    return iter(
-        DataLoader(
-            views,
-            batch_sampler=sampler,
-            num_workers=workers,
-            collate_fn=list,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # or it would draw from the global one
-            worker_init_fn=_leave_ctrl_c_to_the_main_process,
-        )
+    loader = DataLoader(
+        Replacing(views, image_ids),
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=list,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # or it would draw from the global one
+        worker_init_fn=_leave_ctrl_c_to_the_main_process,
     )
+    return _watched(iter(loader), len(image_ids))
+
+
+def _watched(batches, number: int):
+    damaged = set()
+    for batch in batches:
+        new = {message for item in batch for message in item.pop("damaged")} - damaged
+        damaged |= new
+        for message in sorted(new):
+            print(f"warning: {message}; another image takes its place", file=sys.stderr, flush=True)
+        if len(damaged) > max(1, number / 100) or not all(batch):
+            raise DataError(f"{len(damaged)} of {number} images cannot be used, such as: {min(damaged)}")
+        yield batch
+
+
+class Replacing(Dataset):
+    """Views in which a damaged image gives way to another one of image_ids, drawn by its seed. Items have the
+    messages besides, as "damaged"."""
+
+    def __init__(self, views: Dataset, image_ids):
+        self.views, self.image_ids = views, image_ids
+
+    def __getitem__(self, key) -> dict:
+        (image_id, seed), damaged = key, []
+        for attempt in range(5):
+            try:
+                return {**self.views[image_id, seed], "damaged": damaged}
+            except DataError as error:
+                damaged.append(str(error))
+                image_id = self.image_ids[seed_of(seed, "instead", attempt) % len(self.image_ids)]
+        return {"damaged": damaged}
 
 
 def _leave_ctrl_c_to_the_main_process(_) -> None:
@@ -334,7 +678,7 @@ class StepSampler:
     def __init__(self, image_ids, batch, seed, rank=0, world_size=1, first_step=0, repeats=None):
         if not len(image_ids):
             raise ValueError("no image to sample from")
-        self.image_ids = list(image_ids)
+        self.image_ids = image_ids
         self.batch, self.seed, self.rank, self.world_size = batch, seed, rank, world_size
         self.first_step = first_step
         repeats = np.ones(len(self.image_ids)) if repeats is None else np.asarray(repeats, dtype=float)
@@ -381,102 +725,7 @@ def test_size(H: int, W: int, short_side: int = 800, long_side: int = 1333) -> t
     return round(H * factor), round(W * factor)
 
 
-# ---------------------------------------------------------------------------------------------------- shapes
+if __name__ == "__main__":
+    from tools.check import main
 
-SHAPES = ("circle", "square", "triangle", "star")
-
-
-def write_shapes(folder, num_train=1000, num_val=200, size=96, seed=0) -> None:
-    """Writes the generated dataset: textured shapes that occlude one another on cluttered backgrounds, as
-    PNGs and COCO JSON with RLE masks."""
-    folder = Path(folder)
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    (temporary / "images").mkdir(parents=True)
-    for part, count in (("train", num_train), ("val", num_val)):
-        images, annotations = [], []
-        for index in range(count):
-            pixels, objects = draw_shapes(size, np.random.default_rng(seed_of(seed, "shapes", part, index)))
-            name = f"{part}_{index:05d}.png"
-            Image.fromarray(pixels).save(temporary / "images" / name)
-            images.append({"id": index, "file_name": name, "height": size, "width": size})
-            for label, mask in objects:
-                rle = rle_tools.encode(np.asfortranarray(mask.astype(np.uint8)))
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": index,
-                        "category_id": label + 1,
-                        "segmentation": {"size": rle["size"], "counts": rle["counts"].decode()},
-                        "area": int(mask.sum()),
-                        "bbox": rle_tools.toBbox(rle).tolist(),
-                        "iscrowd": 0,
-                    }
-                )
-        categories = [{"id": label + 1, "name": name} for label, name in enumerate(SHAPES)]
-        content = {"images": images, "annotations": annotations, "categories": categories}
-        (temporary / f"instances_{part}.json").write_text(json.dumps(content))
-    temporary.rename(folder)
-
-
-def draw_shapes(size: int, rng: np.random.Generator):
-    """One image (size, size, 3) uint8 and its objects [(label, visible mask)], from back to front."""
-    pixels = _texture(size, rng, [_colour(rng, rng.random(), (0, 0.5)) for _ in range(2)])
-    for _ in range(rng.integers(2, 6)):  # clutter: thin lines of any colour, which belong to nothing
-        pixels[_polygon_mask(_line(size, rng), size)] = _colour(rng, rng.random())
-    objects = []
-    for _ in range(rng.integers(2, 5)):
-        label, radius = int(rng.integers(len(SHAPES))), size * rng.uniform(0.13, 0.26)
-        centre = rng.uniform(0.6 * radius, size - 0.6 * radius, 2)
-        mask = _polygon_mask(_outline(label, centre, radius, rng.uniform(0, 2 * math.pi)), size)
-        if any((mask & other).sum() > 0.4 * min(mask.sum(), other.sum()) for _, other in objects):
-            continue
-        hue = label / len(SHAPES) + rng.normal(0, 0.06)
-        pixels = np.where(mask[..., None], _texture(size, rng, [_colour(rng, hue) for _ in range(2)]), pixels)
-        objects = [(other_label, other & ~mask) for other_label, other in objects] + [(label, mask)]
-    pixels = pixels + rng.normal(0, 6, pixels.shape)
-    objects = [(label, mask) for label, mask in objects if mask.sum() >= 30]
-    return pixels.clip(0, 255).astype(np.uint8), objects
-
-
-def _outline(label, centre, radius, angle):
-    """The corners (n, 2) of a shape; all four have about the same area."""
-    if SHAPES[label] == "circle":
-        corners, radii = 40, 0.85
-    elif SHAPES[label] == "square":
-        corners, radii = 4, 1.05
-    elif SHAPES[label] == "triangle":
-        corners, radii = 3, 1.3
-    else:
-        corners, radii = 10, np.where(np.arange(10) % 2, 0.5, 1.25)
-    angles = angle + np.arange(corners) * (2 * math.pi / corners)
-    return centre + radius * np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
-
-
-def _line(size, rng):
-    start, end = rng.uniform(0, size, 2), rng.uniform(0, size, 2)
-    across = (end - start)[::-1] * (1, -1) / (np.linalg.norm(end - start) + 1e-6) * rng.uniform(0.5, 1.5)
-    return np.stack([start - across, start + across, end + across, end - across])
-
-
-def _polygon_mask(corners, size, oversample=4):
-    image = Image.new("L", (size * oversample,) * 2)
-    ImageDraw.Draw(image).polygon([tuple(corner) for corner in corners * oversample], fill=255)
-    return np.asarray(image.resize((size, size), Image.Resampling.BOX)) >= 128
-
-
-def _colour(rng, hue, saturation=(0.4, 1.0)):
-    """(3,) in 0..255"""
-    return 255 * np.array(colorsys.hsv_to_rgb(hue % 1, rng.uniform(*saturation), rng.uniform(0.3, 1.0)))
-
-
-def _texture(size, rng, colours):
-    """(size, size, 3) float: two colours in stripes, checks, dots, blots or a gradient."""
-    y, x = np.mgrid[:size, :size]
-    angle, period = rng.uniform(0, math.pi), size * rng.uniform(0.06, 0.15)
-    u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
-    a, b = np.sin(2 * math.pi * u / period), np.sin(2 * math.pi * v / period)
-    coarse = Image.fromarray(rng.uniform(0, 255, (5, 5)).astype(np.uint8))
-    blots = np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC)) / 255
-    gradient = (u - u.min()) / (u.max() - u.min())
-    mix = (a > 0, a * b > 0, a + b > 0.9, blots, gradient)[rng.integers(5)]
-    return colours[0] + (colours[1] - colours[0]) * mix[..., None]
+    main()

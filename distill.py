@@ -21,6 +21,7 @@ from torch import nn
 import burnin
 import engine
 from burnin import Setting, guided_step
+from data import DataError
 from engine import Run, knob, say
 from evaluate import ap_line, ap_table, compare, load_model
 
@@ -103,15 +104,17 @@ def summary(cfg: Config, setting: Setting) -> None:
 def main(cfg: Config) -> None:
     with engine.user_errors():
         setting = Setting(cfg)
-    burnin.main(cfg, setting)
-    if cfg.labels_only:
-        return
-    if not engine.finished(cfg, "distill"):
-        say("phase 3 of 3, distillation: the teacher follows the student")
-        distill(cfg, setting)
-    else:
-        say("all phases are done")
-    summary(cfg, setting)
+    with engine.user_errors(DataError):
+        burnin.main(cfg, setting)
+        if cfg.labels_only:
+            return
+        if not engine.finished(cfg, "distill"):
+            say("phase 3 of 3, distillation: the teacher follows the student")
+            distill(cfg, setting)
+        else:
+            say("all phases are done")
+        if setting.val:
+            summary(cfg, setting)
 
 
 def cli(argv=None) -> None:

@@ -58,10 +58,10 @@ def parse_config(config_class, presets: dict, argv=None, description=None):
     parser = Parser(description)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     for name, field in fields.items():
-        kind = {tuple: _values, bool: _boolean, dict: _json}.get(field.type, field.type)
-        bare = {"nargs": "?", "const": True} if kind is _boolean else {}
+        kind = {tuple: _values, bool: _boolean, dict: _json, list: str}.get(field.type, field.type)
+        more = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(field.type, {})
         text = field.metadata.get("help", "").replace("%", "%%") + f" [{field.default}]"
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=None, help=text, **bare)
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=None, help=text, **more)
     flags = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     data = flags.get("data", fields["data"].default)
     preset = flags.get("preset") or (data if data in presets else "coco")
@@ -99,12 +99,12 @@ def refuse(message) -> None:
 
 
 @contextlib.contextmanager
-def user_errors():
-    """Around what reads a user's flags and files: a ValueError or OSError there is theirs to put right, not
-    a bug."""
+def user_errors(kinds=(ValueError, OSError)):
+    """Around what reads a user's flags and files: an error of these kinds there is theirs to put right, not a
+    bug."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except kinds as error:
         refuse(error)
 
 

@@ -24,8 +24,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+import cityscapes
 import engine
-from data import CocoDataset, load_data, test_size, to_rle, to_tensor
+from data import CocoDataset, DataError, find_data, test_size, to_rle, to_tensor
 from model import Mask2Former
 from weights import read_weights
 
@@ -90,7 +91,20 @@ def evaluate(
         for i, result in zip(group, predict(model, images, [dataset.size(i) for i in group], device, top_k)):
             detections += coco_results(i, result, dataset.category_ids)
     model.train(training)
-    return mask_ap(dataset, gather(detections))
+    detections = gather(detections)
+    result = mask_ap(dataset, detections)
+    if is_cityscapes(dataset):
+        root = dataset.image_folder.parent
+        files = {i: cityscapes.label_file(root, dataset.path(i)) for i in dataset.image_ids}
+        theirs = cityscapes.cityscapes_ap(files, detections)
+        result |= {"Cityscapes AP": theirs["AP"], "Cityscapes AP50": theirs["AP50"]}
+    return result
+
+
+def is_cityscapes(dataset: CocoDataset | None) -> bool:
+    """Whether it lies in the folders of Cityscapes, with its label files."""
+    folder = dataset.image_folder if dataset else Path()
+    return folder.name == "leftImg8bit" and (folder.parent / "gtFine").is_dir()
 
 
 def coco_results(image_id, result: dict, category_ids) -> list[dict]:
@@ -119,17 +133,15 @@ def mask_ap(dataset: CocoDataset, detections: list[dict]) -> dict:
         truth = COCO()
         annotations = []
         for image_id in dataset.image_ids:
-            for annotation in dataset.annotations[image_id]:
+            for annotation in dataset.annotations(image_id):
                 rle = to_rle(annotation["segmentation"], *dataset.size(image_id))
-                area = annotation.get("area") or float(rle_tools.area(rle))
-                crowd = int(annotation.get("iscrowd", 0))
+                area = annotation["area"] or float(rle_tools.area(rle))
                 number = len(annotations) + 1  # pycocotools takes an id of 0 for "not matched"
-                annotations.append(
-                    {**annotation, "id": number, "segmentation": rle, "area": area, "iscrowd": crowd}
-                )
+                annotations.append({**annotation, "id": number, "segmentation": rle, "area": area})
+        images = {i: dataset.size(i) for i in dataset.image_ids}
         categories = [{"id": i, "name": n} for i, n in zip(dataset.category_ids, dataset.class_names)]
         truth.dataset = {
-            "images": [dataset.images[i] for i in dataset.image_ids],
+            "images": [{"id": i, "height": H, "width": W} for i, (H, W) in images.items()],
             "annotations": annotations,
             "categories": categories,
         }
@@ -297,8 +309,12 @@ def main(argv=None) -> None:
         cfg |= checkpoint.get("config", {})
         if not (flags.data or cfg["data"]):
             raise ValueError(f"{flags.checkpoint} does not say what it was trained on: --data does")
+        files = {name: cfg.get(name, "") for name in ("train_json", "val_json", "images") if not flags.data}
         with engine.rank_zero_first():
-            _, dataset = load_data(flags.data or cfg["data"], flags.root or cfg["root"] or None)
+            _, found = find_data(flags.data or cfg["data"], flags.root or cfg["root"] or None, **files)
+            if not found:
+                raise ValueError(f"{flags.data or cfg['data']} has no instances_val.json")
+            dataset = CocoDataset(*found)
         check_classes(checkpoint, dataset.class_names)
     sizes = {
         "short_side": cfg["test_short_side"] if flags.short_side is None else flags.short_side,
@@ -309,7 +325,8 @@ def main(argv=None) -> None:
         if checkpoint[which] is not None:
             name = "teacher" if checkpoint.get("phase") == "teacher" else which  # phase 1 trains the teacher
             models[name] = load_model(checkpoint, which, device)
-    aps = {which: evaluate(model, dataset, device, **sizes) for which, model in models.items()}
+    with engine.user_errors(DataError):
+        aps = {which: evaluate(model, dataset, device, **sizes) for which, model in models.items()}
     engine.say(ap_table(aps))
     if engine.rank() == 0 and flags.json:
         Path(flags.json).write_text(json.dumps(aps, indent=1))

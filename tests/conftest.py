@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data import CocoDataset, write_shapes
+from data import CocoDataset
 from model import Mask2Former
+from shapes import write_shapes
 
 torch.set_num_threads(1)
 

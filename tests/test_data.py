@@ -26,8 +26,8 @@ from data import (
     split_hash,
     stream,
     to_rle,
-    write_shapes,
 )
+from shapes import SHAPES, write_shapes
 
 POLYGON = [[12.5, 7.0, 51.0, 13.5, 40.0, 44.0, 17.0, 38.5], [60.0, 30.0, 75.0, 32.0, 66.0, 48.0]]
 
@@ -83,7 +83,7 @@ def test_all_forms_of_a_segmentation_give_the_mask_of_pycocotools(make_dataset):
         {1: black()}, [{"image_id": 1, "category_id": 1, "segmentation": form} for form in forms]
     )
     coco = COCO(dataset.json_file)
-    for annotation, form in zip(dataset.annotations[1], forms, strict=True):
+    for annotation, form in zip(dataset.annotations(1), forms, strict=True):
         ours = rle_tools.decode(to_rle(annotation["segmentation"], 48, 80))
         np.testing.assert_array_equal(ours, mask)
         np.testing.assert_array_equal(ours, coco.annToMask({"image_id": 1, "segmentation": form}))
@@ -114,7 +114,7 @@ def test_crowds_are_no_training_targets(make_dataset):
     ]
     dataset = make_dataset({1: black()}, annotations)
     assert dataset.labels(1) == [2] and len(dataset.objects(1)) == 1
-    assert len(dataset.annotations[1]) == 2
+    assert len(dataset.annotations(1)) == 2
     item = Views(dataset, View((64, 64), scale=(1.0, 1.0)))[(1, 0)]
     assert item["labels"].tolist() == [2] and len(item["masks"]) == 1
 
@@ -173,7 +173,7 @@ def test_a_folder_in_coco_form_is_read_as_data(shapes):
 
 
 def test_data_that_is_neither_known_nor_a_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="neither shapes, coco nor a folder"):
+    with pytest.raises(ValueError, match="neither shapes, coco, cityscapes nor a folder"):
         load_data(str(tmp_path / "nowhere"))
 
 
@@ -477,7 +477,7 @@ def test_shapes_of_every_class_are_there_and_their_masks_do_not_overlap(shapes):
     train, val = load_data(str(shapes))
     labels = set()
     for dataset in (train, val):
-        assert dataset.class_names == list(data.SHAPES)
+        assert dataset.class_names == list(SHAPES)
         for image_id in dataset.image_ids:
             objects = dataset.objects(image_id)
             masks = [rle_tools.decode(to_rle(o["segmentation"], *dataset.size(image_id))) for o in objects]
@@ -485,7 +485,7 @@ def test_shapes_of_every_class_are_there_and_their_masks_do_not_overlap(shapes):
             assert sum(masks, np.zeros((64, 64), dtype=np.uint8)).max() <= 1
             assert [mask.sum() for mask in masks] == [o["area"] for o in objects]
             labels |= set(dataset.labels(image_id))
-    assert labels == set(range(len(data.SHAPES)))
+    assert labels == set(range(len(SHAPES)))
 
 
 def test_train_and_val_share_no_image(shapes):

@@ -225,7 +225,7 @@ def test_an_annotation_with_id_0_counts_as_found(make_dataset):
         for n, left in enumerate((5, 50))
     ]
     dataset = make_dataset({1: np.zeros((96, 128, 3))}, annotations)
-    assert [annotation["id"] for annotation in dataset.annotations[1]] == [0, 1]
+    assert [annotation["id"] for annotation in dataset.annotations(1)] == [0, 1]
     assert mask_ap(dataset, truth_as_detections(dataset))["AP"] == 100
 
 

@@ -359,6 +359,7 @@ def test_local_backbone_weights_are_read(make_model, tmp_path):
         ("model.py", "Mask2Former, ms_deform_attn"),
         ("matcher.py", "HungarianMatcher, SetCriterion"),
         ("data.py", "CocoDataset, stream"),
+        ("shapes.py", "write_shapes"),
     ],
 )
 def test_a_module_can_be_copied_out_alone(tmp_path, file, names):

@@ -14,10 +14,11 @@ import torch
 import burnin
 import distill
 import engine
-from data import CocoDataset, View, Views, write_shapes
+from data import CocoDataset, View, Views
 from evaluate import evaluate
 from matcher import SetCriterion
 from model import Mask2Former
+from shapes import write_shapes
 
 ROOT = Path(__file__).parent.parent
 TINY = [
@@ -247,7 +248,7 @@ def test_one_step_of_two_processes_equals_one_step_of_one(tiny, tmp_path):
         (["--ratio", "5"], "--ratio 5 must be in (0, 1]"),
         (["--ratio", "nan"], "must be in (0, 1]"),
         (["--ratio", "many"], "argument --ratio: invalid float value: 'many'"),
-        (["--data", "nonsense"], "'nonsense' is neither shapes, coco nor a folder"),
+        (["--data", "nonsense"], "'nonsense' is neither shapes, coco, cityscapes nor a folder"),
         (["--bakbone", "resnet50"], "unrecognized arguments: --bakbone resnet50; did you mean --backbone?"),
         (["--backb", "resnet50"], "unrecognized arguments: --backb"),
         (["--backbone", "resnet5"], "unknown backbone 'resnet5'"),
