@@ -1,0 +1,195 @@
+"""A folder of one's own: 6 labelled and 30 unlabelled images, of every odd kind. It trains, and the checker
+names each defect that was planted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from tools import check
+
+ROOT = Path(data.__file__).parent
+MODES = ["RGB", "L", "LA", "P", "RGBA", "1", "CMYK", "I;16"]
+POLYGON = [[4, 4, 30, 4, 30, 30, 4, 30]]
+
+
+def picture(rng, H=40, W=48):
+    pixels = rng.integers(0, 100, (H, W, 3)).astype(np.uint8)
+    pixels[4:30, 4:30] = rng.integers(150, 256, 3)
+    return pixels
+
+
+def save(pixels, path, mode="RGB", orientation=1):
+    if mode == "I;16":
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(pixels).convert(mode)
+    exif = image.getexif()
+    exif[data.ORIENTATION] = orientation
+    image.save(path, **({"exif": exif} if orientation > 1 else {}))
+
+
+@pytest.fixture
+def mine(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "mine"
+    (folder / "images").mkdir(parents=True)
+    (folder / "plain" / "deep").mkdir(parents=True)
+    what = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 8, "name": "dog"}],
+    }
+    for number in range(6):
+        mode = MODES[number]
+        save(picture(rng), folder / f"images/{number}.png", mode)
+        what["images"].append({"id": number, "file_name": f"{number}.png", "height": 40, "width": 48})
+        entry = {
+            "id": number,
+            "image_id": number,
+            "category_id": 3 + 5 * (number % 2),
+            "segmentation": POLYGON,
+        }
+        what["annotations"].append(entry | {"iscrowd": 0, "area": 676, "bbox": [4, 4, 26, 26]})
+    for number in range(30):
+        mode = MODES[number % len(MODES)]
+        suffix = {"CMYK": "tif", "RGB": "jpg"}.get(mode, "png")
+        place = "plain/deep" if number % 3 else "plain"
+        save(picture(rng), folder / f"{place}/{number}.{suffix}", mode, orientation=1 + number % 8)
+    (folder / "instances_train.json").write_text(json.dumps(what))
+    return folder, what
+
+
+def run(script, *flags, code=0, cwd=ROOT):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, str(ROOT / script), *map(str, flags)]
+    done = subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+TINY = (
+    "--preset shapes --ratio 1 --steps 2 --crop 32,32 --num-queries 5 --hidden-dim 32 --batch 2 --log-every 1"
+)
+TINY += " --encoder-ffn 32 --decoder-layers 1 --decoder-ffn 32 --num-points 32 --device cpu"
+
+
+def test_it_trains_on_every_kind_of_image_without_a_validation_set(mine, tmp_path):
+    folder, _ = mine
+    flags = ["--data", folder, "--unlabelled", folder / "plain", "--out", tmp_path / "run", *TINY.split()]
+    done = run("distill.py", *flags)
+    assert (
+        "6 training images, 6 of them labelled" in done.stdout and "36 in the unlabelled pool" in done.stdout
+    )
+    assert "no validation set, so no AP" in done.stdout and "distill done" in done.stdout
+    assert "AP " not in done.stdout.replace("no AP will", "") and not done.stderr
+    again = run("distill.py", *flags)
+    assert "all phases are done" in again.stdout
+    error = run("evaluate.py", tmp_path / "run/distill.pt", code=2).stderr
+    assert error == f"error: {folder} has no instances_val.json\n"
+
+
+def test_damaged_images_end_training_in_one_line(mine, tmp_path):
+    folder, _ = mine
+    for number in (1, 2):
+        (folder / f"images/{number}.png").write_text("hello")
+    flags = ["--data", folder, "--out", tmp_path / "run", *TINY.split(), "--steps", "20", "--save-every", "5"]
+    error = run("distill.py", *flags, code=2).stderr
+    assert error.count("warning: ") == 2
+    assert "error: 2 of 6 images cannot be used, such as: image" in error and "Traceback" not in error
+
+
+def test_a_sound_folder_has_no_errors_and_its_counts_are_shown(mine, tmp_path):
+    folder, _ = mine
+    flags = ["--unlabelled", folder / "plain", "--ratio", "1", "--sheet", tmp_path / "a/sheet.png"]
+    printed = run("data.py", folder, *flags).stdout
+    for line in (
+        "cat          3        3        0        0        0        3",
+        "all          6        6        0        0        0        6",
+        "1 objects in an image at most, 0 images without objects",
+        "labelled: 6 images of 6, with 2 of 2 classes",
+        "unlabelled pool: 36 images, 30 of them from folders",
+        "warning: there is no validation set: training will show no AP",
+        "0 errors, 1 warnings",
+    ):
+        assert line in printed, printed
+    assert np.asarray(Image.open(tmp_path / "a/sheet.png")).std() > 10
+
+
+def test_every_planted_defect_is_named(mine, tmp_path):
+    folder, what = mine
+    train, val = what, json.loads(json.dumps(what))
+    for entry in (train, val):
+        entry["images"] = [dict(image) for image in entry["images"]]
+    val["images"] = [{"id": 90, "file_name": "copy.png", "height": 40, "width": 48}]
+    val["annotations"] = []
+    (folder / "images/copy.png").write_bytes((folder / "images/0.png").read_bytes())
+    (folder / "images/1.png").write_text("hello")
+    train["images"][2]["height"] = 39
+    train["images"].append({"id": 60, "file_name": "gone.png", "height": 40, "width": 48})
+    train["categories"].append({"id": 9, "name": "cow"})
+    extra = [
+        {"image_id": 3, "segmentation": [[1, 1, 2, 2]]},
+        {"image_id": 3, "segmentation": [[5.1, 5.1, 5.1, 5.1, 5.1, 5.1]]},
+        {"image_id": 3, "segmentation": {"size": [40, 48], "counts": [3]}},
+        {"image_id": 77},
+        {"image_id": 3, "category_id": 4},
+        {"image_id": 4, "iscrowd": 1},
+    ]
+    for number, change in enumerate(extra, start=100):
+        train["annotations"].append(train["annotations"][3] | {"id": number} | change)
+    (folder / "instances_train.json").write_text(json.dumps(train))
+    (folder / "instances_val.json").write_text(json.dumps(val))
+    (folder / "plain/0.jpg").write_bytes((folder / "plain/0.jpg").read_bytes()[:300])
+    flags = [
+        "--unlabelled",
+        folder / "plain",
+        "--ratio",
+        "1",
+        "--num-queries",
+        "1",
+        "--sheet",
+        tmp_path / "s.png",
+    ]
+    done = run("data.py", folder, *flags, code=2)
+    for line in (
+        "error: instances_train.json: image 1: image '",
+        "error: instances_train.json: image 2: image '",
+        "is 40 x 48, its annotations are for 39 x 48",
+        "error: instances_train.json: image 60: its file 'gone.png' is not in",
+        "warning: instances_train.json: annotation 100 (image 3) has no mask, it is left out",
+        "warning: instances_train.json: annotation 101 (image 3) has an empty mask",
+        "error: instances_train.json: annotation 102: (image 3) the runs of its RLE sum to 3, the image has",
+        "error: instances_train.json: annotation 103: its image_id 77 is not in the file",
+        "error: instances_train.json: annotation 104: its category_id 4 is not in the file",
+        "warning: instances_val.json: image 90 ('copy.png') is the same file as instances_train.json: image",
+        "warning: instances_train.json: image 3 has 2 objects, the model 1 queries",
+        "error: image '",
+        "warning: 1 classes are in no labelled image: cow",
+        "error: training has the classes ['cat', 'dog', 'cow'], validation ['cat', 'dog']",
+    ):
+        assert line in done.stdout, done.stdout
+    assert "plain/0.jpg" in done.stdout and "Traceback" not in done.stderr
+    assert "8 errors" in done.stdout, done.stdout
+
+
+def test_what_it_cannot_check_at_all_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        check.main([str(tmp_path / "nowhere")])
+    assert stop.value.code == 2
+    assert "neither shapes, coco, cityscapes nor a folder" in capsys.readouterr().err
+
+
+def test_a_split_of_ones_own_is_used(mine, tmp_path):
+    folder, _ = mine
+    (tmp_path / "few.txt").write_text("0.png\n5.png\n")
+    flags = ["--data", folder, "--split", tmp_path / "few.txt", *TINY.split()]
+    printed = run("burnin.py", *flags, cwd=tmp_path).stdout
+    assert "6 training images, 2 of them labelled" in printed
+    assert (tmp_path / "runs/mine-few/burnin.pt").exists()

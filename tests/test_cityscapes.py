@@ -1,0 +1,223 @@
+"""Cityscapes on a made tree of its layout: conversion, training, and AP by its own rules."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from pycocotools import mask as rle_tools
+
+import burnin
+import evaluate
+from cityscapes import CLASSES, cityscapes_ap, convert, label_file
+from data import CocoDataset, listed_split, load_data, to_rle
+
+H, W = 64, 128
+ROOT = Path(evaluate.__file__).parent
+
+
+def draw_ids(rng):
+    """(H, W) ids: road, sky that is void, objects of several classes, a group, a caravan."""
+    canvas = Image.new("I", (W, H), 7)
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle((0, 0, W, 8), fill=0)
+    for number in range(rng.integers(4, 8)):
+        label = int(rng.choice([24, 26, 26, 33]))
+        x, y = int(rng.integers(0, W - 30)), int(rng.integers(8, H - 20))
+        draw.ellipse(
+            (x, y, x + int(rng.integers(6, 30)), y + int(rng.integers(6, 20))), fill=label * 1000 + number
+        )
+    x = int(rng.integers(0, W - 30))
+    draw.rectangle((x, 40, x + 20, 55), fill=int(rng.choice([24, 26])))  # a group
+    draw.rectangle((100, 10, 110, 20), fill=29_000)  # a caravan
+    return np.asarray(canvas).astype(np.uint16)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cityscapes")
+    rng = np.random.default_rng(0)
+    for split, city, count in (("train", "ulm", 3), ("train", "bonn", 3), ("val", "lindau", 4)):
+        for kind in ("leftImg8bit", "gtFine"):
+            (root / kind / split / city).mkdir(parents=True)
+        for number in range(count):
+            name = f"{city}_{number:06d}_000019"
+            ids = draw_ids(rng)
+            Image.fromarray(ids).save(root / f"gtFine/{split}/{city}/{name}_gtFine_instanceIds.png")
+            pixels = np.stack([ids % 256, ids // 256, 7 * ids % 256], axis=2).astype(np.uint8)
+            Image.fromarray(pixels).save(root / f"leftImg8bit/{split}/{city}/{name}_leftImg8bit.png")
+    return root
+
+
+def ids_of(root, dataset, image_id):
+    return np.asarray(Image.open(label_file(root, dataset.path(image_id)))).astype(int)
+
+
+def test_conversion_keeps_every_object_with_its_class_and_mask(root):
+    train, val = load_data("cityscapes", root)
+    assert (len(train), len(val)) == (6, 4) and train.class_names == list(CLASSES.values())
+    for dataset in (train, val):
+        for image_id in dataset.image_ids:
+            ids = ids_of(root, dataset, image_id)
+            assert dataset.size(image_id) == ids.shape == (H, W)
+            values = [v for v in np.unique(ids).tolist() if (v // 1000 if v >= 1000 else v) in CLASSES]
+            annotations = dataset.annotations(image_id)
+            assert len(annotations) == len(values) > 2
+            for value, annotation in zip(values, annotations):
+                assert annotation["category_id"] == (value // 1000 if value >= 1000 else value)
+                assert annotation["iscrowd"] == (value < 1000)
+                mask = rle_tools.decode(to_rle(annotation["segmentation"], H, W))
+                assert np.array_equal(mask, ids == value) and annotation["area"] == mask.sum()
+
+
+def test_it_is_converted_once(root):
+    before = [path.stat().st_mtime_ns for path in convert(root)]
+    assert [path.stat().st_mtime_ns for path in convert(root)] == before
+    assert not list(root.glob("*.tmp"))
+
+
+def test_the_published_lists_name_its_images(root, tmp_path):
+    train, _ = load_data("cityscapes", root)
+    lines = ["ulm_000002_000019_gtFine_instanceIds.png", "bonn_000000_000019_gtFine_instanceIds.png"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    names = [train.file_name(image_id) for image_id in listed_split(tmp_path / "list.txt", train)]
+    assert names == [
+        "train/bonn/bonn_000000_000019_leftImg8bit.png",
+        "train/ulm/ulm_000002_000019_leftImg8bit.png",
+    ]
+
+
+def test_missing_archives_are_named(tmp_path):
+    with pytest.raises(ValueError, match="leftImg8bit/train"):
+        convert(tmp_path)
+    (tmp_path / "leftImg8bit/train/ulm").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "leftImg8bit/train/ulm/ulm_0_0_leftImg8bit.png")
+    with pytest.raises(
+        ValueError, match="1 label files are missing, such as .*ulm_0_0_gtFine_instanceIds.png"
+    ):
+        convert(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------- AP
+
+
+def truth_as_detections(dataset, rng=None):
+    """The ground truth, or with rng something like it: moved, doubled, missing, of other classes."""
+    detections = []
+    for image_id in dataset.image_ids:
+        for annotation in dataset.objects(image_id):
+            mask = rle_tools.decode(to_rle(annotation["segmentation"], H, W))
+            category, score = annotation["category_id"], 1.0
+            for _ in range(1 if rng is None else rng.integers(0, 3)):
+                if rng is not None:
+                    mask = np.roll(mask, rng.integers(-2, 3, 2), (0, 1))
+                    category = int(rng.choice([category, category, category, 26]))
+                    score = float(rng.choice([0.3, 0.5, rng.random()]))  # ties too
+                rle = rle_tools.encode(np.asfortranarray(mask))
+                entry = {"image_id": image_id, "category_id": category, "segmentation": rle, "score": score}
+                detections.append(entry)
+        if rng is not None:  # on a group, on void, and of a class that is nowhere
+            for box, category in (((0, 0, 40, 8), 24), ((40, 5, 60, 50), 26), ((3, 3, 9, 9), 28)):
+                mask = np.zeros((H, W), dtype=np.uint8)
+                mask[box[1] : box[3], box[0] : box[2]] = 1
+                rle = rle_tools.encode(np.asfortranarray(mask))
+                detections.append(
+                    {"image_id": image_id, "category_id": category, "segmentation": rle, "score": 0.4}
+                )
+    return detections
+
+
+def files_of(root, dataset):
+    return {image_id: label_file(root, dataset.path(image_id)) for image_id in dataset.image_ids}
+
+
+def test_perfect_predictions_score_100_by_both_rules(root):
+    _, val = load_data("cityscapes", root)
+    detections = truth_as_detections(val)
+    theirs = cityscapes_ap(files_of(root, val), detections)
+    assert theirs["AP"] == theirs["AP50"] == 100.0
+    assert theirs["per_class"]["car"] == 100.0 and theirs["per_class"]["bus"] == -1.0
+    assert evaluate.mask_ap(val, detections)["AP"] == 100.0
+
+
+def test_no_prediction_scores_0(root):
+    _, val = load_data("cityscapes", root)
+    assert cityscapes_ap(files_of(root, val), [])["AP"] == 0.0
+
+
+COMMAND = """
+import numpy, sys
+# The published package cannot run with NumPy 2.4 otherwise.
+count = numpy.count_nonzero
+numpy.in1d, numpy.count_nonzero = numpy.isin, lambda *args: int(count(*args))
+from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as evaluation
+evaluation.args.gtInstancesFile = sys.argv.pop()
+evaluation.main()
+"""
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_ap_equals_that_of_the_packages_own_command(root, tmp_path, seed):
+    """On the same predictions as PNG files."""
+    _, val = load_data("cityscapes", root)
+    detections = truth_as_detections(val, np.random.default_rng(seed))
+    found = cityscapes_ap(files_of(root, val), detections)
+
+    results = tmp_path / "results"
+    results.mkdir()
+    lines = {image_id: [] for image_id in val.image_ids}
+    for number, detection in enumerate(detections):
+        mask = 255 * rle_tools.decode(detection["segmentation"])
+        Image.fromarray(mask).save(results / f"{number}.png")
+        lines[detection["image_id"]].append(
+            f"{number}.png {detection['category_id']} {detection['score']!r}\n"
+        )
+    for image_id, text in lines.items():
+        stem = Path(val.file_name(image_id)).name.removesuffix("_leftImg8bit.png")
+        (results / f"{stem}_pred.txt").write_text("".join(text))
+    environment = {**os.environ, "CITYSCAPES_DATASET": str(root), "CITYSCAPES_RESULTS": str(results)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, str(tmp_path / "gt.json")],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    theirs = json.loads((root / "evaluationResults/resultInstanceLevelSemanticLabeling.json").read_text())[
+        "averages"
+    ]
+    assert 5 < found["AP"] < 95 and len(detections) > 20
+    assert found["AP"] == pytest.approx(100 * theirs["allAp"], abs=1e-3)
+    assert found["AP50"] == pytest.approx(100 * theirs["allAp50%"], abs=1e-3)
+    for name, value in found["per_class"].items():
+        expected = theirs["classes"][name]["ap"]
+        assert value == -1.0 if np.isnan(expected) else value == pytest.approx(100 * expected, abs=1e-3)
+
+
+def test_training_on_it_shows_both_aps(root, tmp_path, capsys):
+    flags = "--data cityscapes --preset cityscapes --ratio 0.5 --steps 1 --batch 2 --workers 0 --device cpu"
+    flags += " --crop 32,64 --short-side 32,64 --test-short-side 64 --test-long-side 128 --num-points 32"
+    flags += " --backbone resnet10t --norm group --pretrained false --num-queries 5 --hidden-dim 32"
+    flags += " --encoder-layers 1 --encoder-ffn 32 --decoder-layers 1 --decoder-ffn 32"
+    flags = [*flags.split(), "--root", str(root), "--out", str(tmp_path)]
+    cfg = burnin.engine.parse_config(burnin.Config, burnin.PRESETS, flags)
+    burnin.main(cfg, burnin.Setting(cfg))
+    printed = capsys.readouterr().out
+    assert "6 training images, 3 of them labelled" in printed and "burnin done" in printed
+    evaluate.main(
+        [str(tmp_path / "burnin.pt"), "--root", str(root), "--device", "cpu", "--json", str(tmp_path / "ap")]
+    )
+    assert "Cityscapes AP50" in capsys.readouterr().out
+
+
+def test_without_its_package_the_rules_are_refused_with_what_to_do(root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cityscapesscripts.evaluation", None)
+    _, val = load_data("cityscapes", root)
+    assert isinstance(val, CocoDataset)
+    with pytest.raises(ValueError, match="pip install cityscapesscripts"):
+        cityscapes_ap(files_of(root, val), [])
