@@ -494,34 +494,57 @@ class Geometry:
         top, left = (int(rng.integers(0, r - w + 1)) for r, w in zip(resized, window))
         return Geometry(resized, top, left, window, view.flip and rng.random() < 0.5, view.crop)
 
-    def cut(self, image: Image.Image) -> Image.Image:
-        """The window of an image; only what is kept is resized."""
+    def region(self, image: Image.Image) -> tuple[Image.Image, tuple, float]:
+        """What is kept of an image, resized if that makes it smaller; the box in it that is the window; and
+        its pixels per pixel of the crop. Here, before it is enlarged, colour and blur cost least."""
         y, x = image.height / self.resized[0], image.width / self.resized[1]
         (h, w), top, left = self.window, self.top, self.left
         box = left * x, top * y, (left + w) * x, (top + h) * y
-        image = image.resize((w, h), Image.Resampling.BILINEAR, box)
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else image
+        if x >= 1:
+            return image.resize((w, h), Image.Resampling.BILINEAR, box), (0, 0, w, h), 1.0
+        x0, y0 = max(0, int(box[0]) - 2), max(0, int(box[1]) - 2)  # what the box's edge is interpolated from
+        part = image.crop((x0, y0, min(image.width, int(box[2]) + 3), min(image.height, int(box[3]) + 3)))
+        return part, (box[0] - x0, box[1] - y0, box[2] - x0, box[3] - y0), x
+
+    def lay(self, region: Image.Image, box: tuple) -> Image.Image:
+        """The crop: the box of a region, at its size and place, on grey."""
+        window = region.resize(self.window[::-1], Image.Resampling.BILINEAR, box)
+        window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else window
+        if self.window == self.crop:
+            return window
+        canvas = Image.new("RGB", self.crop[::-1], (GREY,) * 3)
+        canvas.paste(window)
+        return canvas
 
     def image(self, image: Image.Image) -> Image.Image:
-        canvas = Image.new("RGB", self.crop[::-1], (GREY,) * 3)
-        canvas.paste(self.cut(image))
-        return canvas
+        """An image of any size -> its crop."""
+        region, box, _ = self.region(image)
+        return self.lay(region, box)
 
     def mask(self, segmentation, H: int, W: int) -> np.ndarray:
         """A segmentation of the image (H, W) in any COCO form -> its mask in the crop, bool."""
-        if isinstance(segmentation, list):  # move the corners, then rasterise once
-            polygons = []
-            for polygon in segmentation:
-                corners = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
-                corners = corners * (self.resized[1] / W, self.resized[0] / H) - (self.left, self.top)
-                if self.flip:
-                    corners[:, 0] = self.window[1] - corners[:, 0]
-                polygons.append(corners.flatten().tolist())
-            mask = rle_tools.decode(to_rle(polygons, *self.crop)).astype(bool)
-            mask[self.window[0] :] = mask[:, self.window[1] :] = False  # of a polygon that leaves its image
-            return mask
+        part, top, left = self.mask_part(segmentation, H, W)
+        mask = np.zeros(self.crop, dtype=bool)
+        mask[top : top + part.shape[0], left : left + part.shape[1]] = part
+        return mask
+
+    def mask_part(self, segmentation, H: int, W: int) -> tuple[np.ndarray, int, int]:
+        """A part of the mask in the crop with all of it that is in the window, and its top and left."""
+        h, w = self.window
+        if isinstance(segmentation, list):  # move the corners, then rasterise once, and no more than needed
+            polygons = [np.asarray(polygon, dtype=np.float64).reshape(-1, 2) for polygon in segmentation]
+            scale, start = (self.resized[1] / W, self.resized[0] / H), (self.left, self.top)
+            polygons = [polygon * scale - start for polygon in polygons]
+            if self.flip:
+                polygons = [(w, 0) + polygon * (-1, 1) for polygon in polygons]
+            corners = np.concatenate(polygons)
+            left, top = np.floor(corners.min(0)).clip(0).astype(int).tolist()
+            right, bottom = (np.ceil(corners.max(0)) + 1).clip(max=(w, h)).astype(int).tolist()
+            if right <= left or bottom <= top:
+                return np.zeros((0, 0), dtype=bool), 0, 0
+            polygons = [(polygon - (left, top)).flatten().tolist() for polygon in polygons]
+            return rle_tools.decode(to_rle(polygons, bottom - top, right - left)).view(bool), top, left
         # The nearest pixel of each; only the columns of the window are decoded.
-        (h, w), mask = self.window, np.zeros(self.crop, dtype=bool)
         rows = ((self.top + np.arange(h) + 0.5) * (H / self.resized[0])).astype(int)
         columns = ((self.left + np.arange(w) + 0.5) * (W / self.resized[1])).astype(int)
         counts = segmentation["counts"]
@@ -530,8 +553,7 @@ class Geometry:
         runs = np.diff(ends.clip(first, last), prepend=first)
         part = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(-1, H).T
         part = part[np.ix_(rows, columns - columns[0])]
-        mask[:h, :w] = part[:, ::-1] if self.flip else part
-        return mask
+        return part[:, ::-1] if self.flip else part, 0, 0
 
 
 def strong_view(image: Image.Image, rng: np.random.Generator, blur=(0.1, 2.0)) -> Image.Image:
@@ -579,18 +601,22 @@ class Views(Dataset):
         image = self.dataset.image(image_id)
         H, W = image.height, image.width
         geometry = Geometry.draw(self.view, H, W, rng)
-        weak = geometry.image(image)
+        region, box, scale = geometry.region(image)
         if self.view.colour:
-            weak = colour_jitter(weak, rng, 32 / 255, 0.5, 0.5, 18 / 360, probability=0.5)
-        item = {"image": to_tensor(weak)}
+            region = colour_jitter(region, rng, 32 / 255, 0.5, 0.5, 18 / 360, probability=0.5)
+        item = {"image": to_tensor(geometry.lay(region, box))}
         if self.with_strong:
-            item["strong"] = to_tensor(strong_view(weak, rng, self.view.blur))
+            blur = [scale * sigma for sigma in self.view.blur]
+            item["strong"] = to_tensor(geometry.lay(strong_view(region, rng, blur), box))
         if self.with_labels:
-            masks = [geometry.mask(o["segmentation"], H, W) for o in self.dataset.objects(image_id)]
-            masks = np.stack(masks) if masks else np.zeros((0, *self.view.crop), dtype=bool)
-            visible = masks.any(axis=(1, 2))
-            item["labels"] = torch.tensor(self.dataset.labels(image_id), dtype=torch.int64)[visible]
-            item["masks"] = torch.from_numpy(masks[visible])
+            objects = zip(self.dataset.labels(image_id), self.dataset.objects(image_id))
+            parts = [(label, *geometry.mask_part(o["segmentation"], H, W)) for label, o in objects]
+            parts = [part for part in parts if part[1].any()]
+            masks = np.zeros((len(parts), *self.view.crop), dtype=bool)
+            for mask, (_, part, top, left) in zip(masks, parts):
+                mask[top : top + part.shape[0], left : left + part.shape[1]] = part
+            item["labels"] = torch.tensor([label for label, *_ in parts], dtype=torch.int64)
+            item["masks"] = torch.from_numpy(masks)
         return item
 
 

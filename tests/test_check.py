@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import burnin
 import data
 from tools import check
 
@@ -193,3 +194,31 @@ def test_a_split_of_ones_own_is_used(mine, tmp_path):
     printed = run("burnin.py", *flags, cwd=tmp_path).stdout
     assert "6 training images, 2 of them labelled" in printed
     assert (tmp_path / "runs/mine-few/burnin.pt").exists()
+
+
+def test_what_training_can_do_with_is_said_at_its_start(mine, tmp_path, capsys):
+    """Annotations left out, classes without labels, more objects than queries."""
+    folder, what = mine
+    what["categories"].append({"id": 9, "name": "cow"})
+    many = [what["annotations"][0] | {"id": 100 + number} for number in range(9)]
+    what["annotations"] += [*many, what["annotations"][0] | {"id": 99, "segmentation": []}]
+    (folder / "instances_train.json").write_text(json.dumps(what))
+    flags = ["--data", str(folder), "--out", str(tmp_path / "run"), *TINY.split()]
+    burnin.Setting(burnin.engine.parse_config(burnin.Config, burnin.PRESETS, flags))
+    printed = capsys.readouterr().out
+    for line in (
+        "1 annotations are left out, such as: annotation 99 (image 0) has no mask",
+        "1 classes are in no labelled image: cow",
+        "an image has 10 objects, the model 5 queries",
+    ):
+        assert line in printed
+
+
+def test_a_damaged_image_ends_an_evaluation(mine, tmp_path):
+    folder, what = mine
+    (folder / "instances_val.json").write_text(json.dumps(what))
+    flags = ["--data", folder, "--out", tmp_path / "run", *TINY.split(), "--steps", "1"]
+    run("burnin.py", *flags)
+    (folder / "images/3.png").write_text("hello")
+    error = run("evaluate.py", tmp_path / "run/teacher.pt", code=2).stderr
+    assert error.startswith("error: image '") and "3.png" in error and error.count("\n") == 1

@@ -320,6 +320,35 @@ def test_the_mask_of_a_crop_is_the_crop_of_the_mask():
             assert agree((pixels[..., 0] > data.GREY) & ~beyond, found), geometry
 
 
+def test_the_mask_of_polygons_is_that_of_pycocotools_at_the_size_of_the_crop():
+    """To the pixel, though only a part is rasterised; also of polygons that leave their image."""
+    H, W, rng = 70, 110, np.random.default_rng(0)
+    for geometry in random_geometries(200, H, W):
+        polygons = [rng.uniform((-20, -20), (W + 20, H + 20), (5, 2)) for _ in range(rng.integers(1, 3))]
+        moved = []
+        for polygon in polygons:
+            x = polygon[:, 0] * (geometry.resized[1] / W) - geometry.left
+            y = polygon[:, 1] * (geometry.resized[0] / H) - geometry.top
+            moved.append(
+                np.stack([geometry.window[1] - x if geometry.flip else x, y], axis=1).flatten().tolist()
+            )
+        expected = rle_tools.decode(to_rle(moved, *geometry.crop)).astype(bool)
+        expected[geometry.window[0] :] = expected[:, geometry.window[1] :] = False
+        assert np.array_equal(geometry.mask([p.flatten().tolist() for p in polygons], H, W), expected), (
+            geometry
+        )
+
+
+def test_an_enlarged_image_is_cut_as_if_it_were_enlarged_whole():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 110, 3)).astype(np.uint8))
+    for geometry in random_geometries(100, 70, 110):
+        (h, w), top, left = geometry.window, geometry.top, geometry.left
+        whole = np.asarray(image.resize(geometry.resized[::-1], Image.Resampling.BILINEAR)).astype(int)
+        expected = whole[top : top + h, left : left + w]
+        expected = expected[:, ::-1] if geometry.flip else expected
+        assert np.abs(np.asarray(geometry.image(image))[:h, :w] - expected).max() <= 2, geometry
+
+
 def test_mirroring_mirrors_the_window_and_nothing_else():
     plain = Geometry(resized=(60, 80), top=5, left=10, window=(50, 60), flip=False, crop=(64, 64))
     mirrored = Geometry(resized=(60, 80), top=5, left=10, window=(50, 60), flip=True, crop=(64, 64))
@@ -411,6 +440,12 @@ def test_images_are_repeated_as_often_as_asked_on_average():
 def test_nothing_to_sample_from_is_an_error():
     with pytest.raises(ValueError, match="no image"):
         StepSampler([], 4, seed=0)
+
+
+def test_fewer_images_than_processes_are_shown_to_all():
+    parts = [first_steps(StepSampler([7], 1, 0, rank, 3), 4) for rank in range(3)]
+    assert [image_id for part in parts for ((image_id, _),) in part] == [7] * 12
+    assert len({seed for part in parts for ((_, seed),) in part}) == 12
 
 
 def test_repeat_factors_equal_the_formula_of_lvis(make_dataset):
