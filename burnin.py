@@ -140,6 +140,8 @@ class Config:
             self.steps *= 3
         if len(self.steps) != 3 or min(self.steps) < 1:
             raise ValueError(f"--steps is one number or three, each at least 1, found {self.steps}")
+        if min(self.log_every, self.save_every) < 1 or self.eval_every < 0:
+            raise ValueError("--log-every and --save-every are at least 1, --eval-every at least 0")
         self.num_queries = self.num_queries or (200 if self.backbone == "swin_l" else 100)
         share = Path(self.split).stem or f"{self.ratio:g}"
         self.out = self.out or f"runs/{Path(self.data).name}-{share}"
@@ -320,7 +322,7 @@ class Setting:
                 say(f"--init {cfg.init}: {note}")
         engine.lr_factor(cfg.schedule, progress=0.0)
         for phase in ("teacher", "burnin", "distill", "labels_only"):
-            engine.finished(cfg, phase)
+            engine.finished(cfg, phase, split=self.describe["split"])
         if cfg.teacher:
             load_teacher(cfg, self)
         say(

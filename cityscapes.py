@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle_tools
 
+from data import DataError
+
 CLASSES = {
     24: "person",
     25: "rider",
@@ -29,7 +31,7 @@ LABELS = "_gtFine_instanceIds.png"
 
 def convert(root) -> list[Path]:
     """Writes root/instances_train.json and root/instances_val.json unless they are there, and returns their
-    paths. Masks are RLEs, categories have Cityscapes' label ids, groups are crowds. Raises ValueError where
+    paths. Masks are RLEs, categories have Cityscapes' label ids, groups are crowds. Raises DataError where
     the archives are not as they should be."""
     root, paths = Path(root), []
     for split in ("train", "val"):
@@ -40,12 +42,10 @@ def convert(root) -> list[Path]:
         images = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
         if not images:
             pattern = f"{root}/leftImg8bit/{split}/*/*_leftImg8bit.png"
-            raise ValueError(f"no image {pattern}: --root says where Cityscapes lies")
+            raise DataError(f"no image {pattern}: --root says where Cityscapes lies")
         missing = [file for file in images if not label_file(root, file).is_file()]
         if missing:
-            raise ValueError(
-                f"{len(missing)} label files are missing, such as {label_file(root, missing[0])}"
-            )
+            raise DataError(f"{len(missing)} label files are missing, such as {label_file(root, missing[0])}")
         print(f"writing {path} from {len(images)} label files", flush=True)
         with ThreadPoolExecutor(min(16, os.cpu_count())) as threads:
             found = list(threads.map(lambda file: objects(label_file(root, file)), images))
@@ -74,7 +74,7 @@ def read_ids(file) -> np.ndarray:
     try:
         return np.asarray(Image.open(file)).astype(np.int64)
     except OSError as error:
-        raise ValueError(f"the label file {file} cannot be read: {error}") from None
+        raise DataError(f"the label file {file} cannot be read: {error}") from None
 
 
 def objects(file) -> tuple[tuple[int, int], list[dict]]:
@@ -106,11 +106,11 @@ def objects(file) -> tuple[tuple[int, int], list[dict]]:
 
 
 def rules():
-    """The evaluation of cityscapesscripts. Raises ValueError where that is not installed."""
+    """The evaluation of cityscapesscripts. Raises DataError where that is not installed."""
     try:
         from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as evaluation
     except ImportError:
-        raise ValueError("AP by the rules of Cityscapes needs: pip install cityscapesscripts") from None
+        raise DataError("AP by the rules of Cityscapes needs: pip install cityscapesscripts") from None
     evaluation.setInstanceLabels(evaluation.args)
     return evaluation
 

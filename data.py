@@ -113,14 +113,14 @@ class Pool:
     def __init__(self, dataset: CocoDataset, folders=(), known=()):
         self.dataset = dataset
         leave_out = {os.path.realpath(d.path(i)) for d in known if d for i in d.image_ids} if folders else ()
-        paths = []
+        paths = {}
         for folder in folders:
             if not Path(folder).is_dir():
                 raise DataError(f"no folder {str(folder)!r} of unlabelled images")
             found = [path for path in image_files(folder) if path not in leave_out]
             if not found:
                 raise DataError(f"no further image below {str(folder)!r}")
-            paths += found
+            paths |= dict.fromkeys(found)
         self._paths = Packed(paths)
         self.image_ids = range(len(dataset) + len(self._paths))
 
@@ -157,10 +157,20 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 
 def image_files(folder) -> list[str]:
-    """The real paths of all image files below a folder, in order."""
-    paths = []
-    for parent, _, names in os.walk(os.path.realpath(folder)):
-        paths += [os.path.join(parent, name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    """The real paths of all image files below a folder, in order; links are followed."""
+    paths, seen, folders = set(), set(), [os.path.realpath(folder)]
+    while folders:
+        parent = folders.pop()
+        if parent in seen:
+            continue
+        seen.add(parent)
+        with os.scandir(parent) as entries:
+            for entry in entries:
+                path = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+                if entry.is_dir():
+                    folders.append(path)
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    paths.add(path)
     return sorted(paths)
 
 
@@ -169,7 +179,7 @@ def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
 
     16-bit values are scaled to 8 bits; transparency is left out. An EXIF orientation is applied, as tools for
     annotation do, unless only the stored pixels have the `size` (H, W) of the annotations. Raises DataError
-    for a file that cannot be read or has another size."""
+    for a file that cannot be read, has another size, or floating-point pixels."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -217,7 +227,7 @@ def read_coco(json_file, image_folder) -> tuple[dict, dict, list[dict], list[str
     errors, dropped = [], []
 
     def passed(entries, kind, check):
-        """The entries that pass the check, by id."""
+        """The entries that pass the check, by id; None for one that is left out."""
         result = {}
         for entry in entries:
             name = f"{kind} {entry.get('id')!r}" if isinstance(entry, dict) else f"{kind} {entry!r}"
@@ -226,6 +236,7 @@ def read_coco(json_file, image_folder) -> tuple[dict, dict, list[dict], list[str
                     raise DataError("its id is no whole number")
                 if entry["id"] in result:
                     raise DataError("another one has the same id")
+                result[entry["id"]] = None
                 result[entry["id"]] = check(entry)
             except DataError as error:
                 errors.append(f"{name[:80]}: {error}")
@@ -236,9 +247,13 @@ def read_coco(json_file, image_folder) -> tuple[dict, dict, list[dict], list[str
             if type(entry.get(key)) is not int or entry[key] not in known:
                 raise DataError(f"its {key} {entry.get(key)!r} is not in the file"[:200])
         image = images[entry["image_id"]]
+        if image is None:  # which has been said already
+            return None
         area = entry.get("area")
         usable = {"id": entry["id"], "image_id": entry["image_id"], "category_id": entry["category_id"]}
-        usable["iscrowd"] = int(bool(entry.get("iscrowd")))
+        usable["iscrowd"] = entry.get("iscrowd", 0)
+        if usable["iscrowd"] not in (0, 1) or type(usable["iscrowd"]) is str:
+            raise DataError(f"its iscrowd is {usable['iscrowd']!r}, not 0 or 1"[:200])
         usable["area"] = float(area) if isinstance(area, (int, float)) and 0 < area < MAX_PIXELS else None
         try:
             mask = usable_mask(entry.get("segmentation"), image["height"], image["width"])
@@ -252,6 +267,7 @@ def read_coco(json_file, image_folder) -> tuple[dict, dict, list[dict], list[str
     categories = passed(lists[0], "category", check_category)
     images = passed(lists[1], "image", image_check(image_folder))
     annotations = passed(lists[2], "annotation", check_annotation)
+    categories, images = ({i: e for i, e in entries.items() if e} for entries in (categories, images))
     return categories, images, [entry for entry in annotations.values() if entry], errors, dropped
 
 
@@ -288,10 +304,10 @@ def image_check(folder):
             if not within[parent] or (link and not is_within(path)):
                 raise DataError(f"its file {name!r} leads out of {folder}")
             found = stat.S_ISREG(os.stat(path).st_mode)
-        except OSError:
+        except (OSError, UnicodeError):  # the latter for a name that no file system can hold
             found = False
         if not found:
-            raise DataError(f"its file {name!r} is not in {folder}"[:500])
+            raise DataError(f"its file {ascii(name)} is not in {folder}"[:500])
         return {key: entry[key] for key in ("height", "width", "file_name")}
 
     return check
@@ -412,29 +428,29 @@ def labelled_split(image_ids, ratio: float, seed: int) -> list:
 def listed_split(file, dataset: CocoDataset) -> list:
     """The images of a data set that a file lists, a line each: the file name or its last part, with or
     without its ending (the names of Cityscapes' *_gtFine_instanceIds.png also mean their images), or the id.
-    Raises DataError for a line that names no image, or several."""
+    What fits exactly comes first. Raises DataError for a line that names no image, or several."""
 
     def stem(name):
         return re.sub(r"(_leftImg8bit|_gtFine_\w+)?\.\w+$", "", name)
 
-    by_name = {}
+    forms = [{}, {}, {}, {}, {}]
     for image_id in dataset.image_ids:
-        name = stem(dataset.file_name(image_id))
-        for key in {str(image_id), name, Path(name).name}:
-            by_name.setdefault(key, []).append(image_id)
+        name = dataset.file_name(image_id)
+        last = Path(name).name
+        for form, key in zip(forms, (name, last, stem(name), stem(last), str(image_id))):
+            form.setdefault(key, []).append(image_id)
     try:
         lines = Path(file).read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise DataError(f"the split {str(file)!r} cannot be read: {error}") from None
     split = set()
     for number, line in enumerate(lines, start=1):
-        name = stem(line.strip())
-        found = by_name.get(name) or by_name.get(Path(name).name, [])
-        if name and len(found) != 1:
-            raise DataError(
-                f"{file}, line {number}: {line.strip()!r} names {len(found)} images, not one"[:500]
-            )
-        split.update(found if name else [])
+        line = line.strip()
+        keys = line, stem(line), stem(Path(line).name)
+        found = next((form[key] for key in keys for form in forms if key in form), [])
+        if line and len(found) != 1:
+            raise DataError(f"{file}, line {number}: {line!r} names {len(found)} images, not one"[:500])
+        split.update(found if line else [])
     if not split:
         raise DataError(f"{file} lists no image")
     return sorted(split)
@@ -469,6 +485,11 @@ class View:
     def __post_init__(self):
         if len(self.crop) != 2 or any(side % 32 or side < 32 for side in self.crop):
             raise ValueError(f"a crop is height and width, multiples of 32, found {self.crop}")
+        for name, pair in (("scale", self.scale), ("blur", self.blur)):
+            if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
+                raise ValueError(f"{name} is a range of two numbers above 0, found {pair}")
+        if any(side < 1 for side in self.short_side):
+            raise ValueError(f"short_side has lengths in pixels, found {self.short_side}")
 
 
 @dataclass(frozen=True)
@@ -679,13 +700,17 @@ class Replacing(Dataset):
         self.views, self.image_ids = views, image_ids
 
     def __getitem__(self, key) -> dict:
-        (image_id, seed), damaged = key, []
-        for attempt in range(5):
+        (image_id, seed), damaged, tried = key, [], []
+        for attempt in range(min(5, len(self.image_ids))):
             try:
                 return {**self.views[image_id, seed], "damaged": damaged}
             except DataError as error:
                 damaged.append(str(error))
-                image_id = self.image_ids[seed_of(seed, "instead", attempt) % len(self.image_ids)]
+                tried.append(image_id)
+            place = seed_of(seed, "instead", attempt)
+            while image_id in tried and len(tried) < len(self.image_ids):
+                place = (place + 1) % len(self.image_ids)
+                image_id = self.image_ids[place]
         return {"damaged": damaged}
 
 
@@ -748,7 +773,7 @@ def test_size(H: int, W: int, short_side: int = 800, long_side: int = 1333) -> t
     if not short_side:
         return H, W
     factor = min(short_side / min(H, W), (long_side or math.inf) / max(H, W))
-    return round(H * factor), round(W * factor)
+    return max(1, round(H * factor)), max(1, round(W * factor))
 
 
 if __name__ == "__main__":

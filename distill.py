@@ -24,6 +24,7 @@ from burnin import Setting, guided_step
 from data import DataError
 from engine import Run, knob, say
 from evaluate import ap_line, ap_table, compare, load_model
+from weights import read_weights
 
 
 @dataclass
@@ -85,7 +86,7 @@ def summary(cfg: Config, setting: Setting) -> None:
     out, device = Path(cfg.out), setting.device
     source = Path(cfg.teacher or out / "teacher.pt")
     phases = {"teacher": source, "labels only": out / "labels_only.pt", "burnt-in": out / "burnin.pt"}
-    phases = {name: engine.load_checkpoint(path) for name, path in phases.items() if path.exists()}
+    phases = {name: read_weights(path) for name, path in phases.items() if path.exists()}
     last = engine.load_checkpoint(out / "distill.pt")
     columns = {name: phase["ap"] for name, phase in phases.items() if "ap" in phase}
     columns |= {"student": last["ap"], "EMA teacher": last["teacher_ap"]}

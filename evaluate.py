@@ -61,16 +61,14 @@ def instances(outputs: dict, image_sizes, output_sizes=None, top_k: int = 100) -
 
 
 @torch.no_grad()
-def predict(model, images: list[Tensor], output_sizes, device, top_k=100) -> list[dict]:
+def predict(model, images: list[Tensor], output_sizes, device) -> list[dict]:
     """instances() of uint8 images (3, H, W) of one common size."""
     with engine.autocast(device):
         outputs = model(torch.stack(images).to(device))
-    return instances(outputs, [image.shape[-2:] for image in images], output_sizes, top_k)
+    return instances(outputs, [image.shape[-2:] for image in images], output_sizes)
 
 
-def evaluate(
-    model, dataset: CocoDataset, device="cpu", *, short_side=0, long_side=0, batch=16, top_k=100
-) -> dict:
+def evaluate(model, dataset: CocoDataset, device="cpu", *, short_side=0, long_side=0, batch=16) -> dict:
     """Mask AP by the rules of COCO, in percent: {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class":
     {name: AP}}; -1 where there is nothing to find. Each process takes its share of the images; all return
     the same.
@@ -88,7 +86,7 @@ def evaluate(
         images = [
             to_tensor(dataset.image(i).resize(sizes[i][::-1], Image.Resampling.BILINEAR)) for i in group
         ]
-        for i, result in zip(group, predict(model, images, [dataset.size(i) for i in group], device, top_k)):
+        for i, result in zip(group, predict(model, images, [dataset.size(i) for i in group], device)):
             detections += coco_results(i, result, dataset.category_ids)
     model.train(training)
     detections = gather(detections)
@@ -102,9 +100,11 @@ def evaluate(
 
 
 def is_cityscapes(dataset: CocoDataset | None) -> bool:
-    """Whether it lies in the folders of Cityscapes, with its label files."""
-    folder = dataset.image_folder if dataset else Path()
-    return folder.name == "leftImg8bit" and (folder.parent / "gtFine").is_dir()
+    """Whether it lies in the folders of Cityscapes, with its label files and classes."""
+    if dataset is None or dataset.image_folder.name != "leftImg8bit":
+        return False
+    has_classes = set(dataset.category_ids) <= cityscapes.CLASSES.keys()
+    return has_classes and (dataset.image_folder.parent / "gtFine").is_dir()
 
 
 def coco_results(image_id, result: dict, category_ids) -> list[dict]:
@@ -228,14 +228,14 @@ def compare(
     rows = []
     for image_id in dataset.image_ids[:: max(1, len(dataset) // count)][:count]:
         size = dataset.size(image_id)
-        image = dataset.image(image_id).resize(size[::-1])
+        image = dataset.image(image_id)
         scale = max(1, 240 // max(size))
         masks = [rle_tools.decode(to_rle(o["segmentation"], *size)) > 0 for o in dataset.objects(image_id)]
         names = [dataset.class_names[label] for label in dataset.labels(image_id)]
         row = [draw_instances(image, scale=scale, dim=1), draw_instances(image, masks, names, scale)]
         resized = image.resize(test_size(*size, short_side, long_side)[::-1], Image.Resampling.BILINEAR)
         for model in models.values():
-            found = predict(model.eval(), [to_tensor(resized)], [size], device)[0]
+            found = predict(model, [to_tensor(resized)], [size], device)[0]
             sure = found["scores"] > threshold
             names = [
                 f"{dataset.class_names[label]} {score:.2f}"
@@ -279,9 +279,11 @@ def main(argv=None) -> None:
     parser = engine.Parser(description=__doc__)
     parser.add_argument("checkpoint", help="ours, or the official Mask2Former's, or Hugging Face's")
     parser.add_argument(
-        "--data", help="shapes, coco or a folder; default: what the checkpoint was trained on"
+        "--data", help="shapes, coco, cityscapes or a folder; default: what the checkpoint was trained on"
     )
-    parser.add_argument("--root", help="where COCO lies, or where shapes is written")
+    parser.add_argument("--root", help="where COCO or Cityscapes lies, or where shapes is written")
+    parser.add_argument("--val-json", default="", help="in place of the folder's instances_val.json")
+    parser.add_argument("--images", default="", help="in place of the folder's images/")
     parser.add_argument("--json", help="write the APs into this file")
     parser.add_argument("--picture", help="write a picture of predictions beside ground truth into this file")
     parser.add_argument(
@@ -309,13 +311,18 @@ def main(argv=None) -> None:
         cfg |= checkpoint.get("config", {})
         if not (flags.data or cfg["data"]):
             raise ValueError(f"{flags.checkpoint} does not say what it was trained on: --data does")
-        files = {name: cfg.get(name, "") for name in ("train_json", "val_json", "images") if not flags.data}
+        data = flags.data or cfg["data"]
+        before = cfg if data == cfg["data"] else {}  # where the run had its files
+        files = {"train_json": before.get("train_json", "")}
+        files |= {name: getattr(flags, name) or before.get(name, "") for name in ("val_json", "images")}
         with engine.rank_zero_first():
-            _, found = find_data(flags.data or cfg["data"], flags.root or cfg["root"] or None, **files)
+            _, found = find_data(data, flags.root or before.get("root") or None, **files)
             if not found:
-                raise ValueError(f"{flags.data or cfg['data']} has no instances_val.json")
+                raise ValueError(f"{data} has no instances_val.json")
             dataset = CocoDataset(*found)
         check_classes(checkpoint, dataset.class_names)
+        if is_cityscapes(dataset):
+            cityscapes.rules()
     sizes = {
         "short_side": cfg["test_short_side"] if flags.short_side is None else flags.short_side,
         "long_side": cfg["test_long_side"] if flags.long_side is None else flags.long_side,
@@ -328,10 +335,11 @@ def main(argv=None) -> None:
     with engine.user_errors(DataError):
         aps = {which: evaluate(model, dataset, device, **sizes) for which, model in models.items()}
     engine.say(ap_table(aps))
-    if engine.rank() == 0 and flags.json:
-        Path(flags.json).write_text(json.dumps(aps, indent=1))
-    if engine.rank() == 0 and flags.picture:
-        compare(models, dataset, flags.picture, device, **sizes)
+    with engine.user_errors():
+        if engine.rank() == 0 and flags.json:
+            Path(flags.json).write_text(json.dumps(aps, indent=1))
+        if engine.rank() == 0 and flags.picture:
+            compare(models, dataset, flags.picture, device, **sizes)
 
 
 if __name__ == "__main__":

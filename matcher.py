@@ -52,44 +52,41 @@ class HungarianMatcher(nn.Module):
 
         Returns per image (query, target): two int64 tensors of length min(Q, N) on the CPU; query ascends.
         """
-        logits, masks = outputs["pred_logits"][None], outputs["pred_masks"][None]
-        return self.match(logits, masks, targets)[0]
+        return self.match([outputs], targets)[0]
 
     @torch.no_grad()
-    def match(self, class_logits: Tensor, mask_logits: Tensor, targets: list[dict]) -> list[list]:
-        """The same for T predictions at once, class_logits (T, B, Q, K+1) and mask_logits (T, B, Q, h, w)
-        -> T lists of B pairs. All costs travel to the CPU in one copy."""
-        T, B, Q, _ = class_logits.shape
+    def match(self, predictions: list[dict], targets: list[dict]) -> list[list]:
+        """The same for T predictions at once -> T lists of B pairs. All costs travel to the CPU in one
+        copy."""
+        objects = [(target["labels"], target["masks"].float()[None]) for target in targets]
         costs = [
-            self.costs(class_logits[:, b], mask_logits[:, b], target["labels"], target["masks"])
-            for b, target in enumerate(targets)
-        ]  # B times (T, Q, N)
-        flat = torch.cat([cost.flatten() for cost in costs]).cpu()
+            [self.costs(p["pred_logits"][b], p["pred_masks"][b], *o) for b, o in enumerate(objects)]
+            for p in predictions
+        ]  # T times B times (Q, N)
+        flat = torch.cat([cost.flatten() for row in costs for cost in row]).cpu()
         if not flat.isfinite().all():
             raise FloatingPointError("the matching costs are not finite: the model's outputs are not")
-        costs = [part.view(cost.shape) for part, cost in zip(flat.split([c.numel() for c in costs]), costs)]
-        pairs = [[linear_sum_assignment(costs[b][t].numpy()) for b in range(B)] for t in range(T)]
+        parts = iter(flat.split([cost.numel() for row in costs for cost in row]))
+        pairs = [
+            [linear_sum_assignment(next(parts).view(cost.shape).numpy()) for cost in row] for row in costs
+        ]
         return [[tuple(torch.as_tensor(i, dtype=torch.int64) for i in pair) for pair in row] for row in pairs]
 
     def costs(self, class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor) -> Tensor:
-        """Of one image: (T, Q, K+1), (T, Q, h, w), (N,), (N, H, W) -> (T, Q, N). Each of the T predictions
-        has points of its own."""
-        T, Q = mask_logits.shape[:2]
-        N = len(labels)
+        """Of one image: (Q, K+1), (Q, h, w), (N,), (1, N, H, W) -> (Q, N)."""
         with torch.autocast(mask_logits.device.type, enabled=False):
-            points = torch.rand(T, self.num_points, 2, device=mask_logits.device)
+            points = torch.rand(1, self.num_points, 2, device=mask_logits.device)
             grid = 2 * points[:, None] - 1
-            x = F.grid_sample(mask_logits.float(), grid, align_corners=False)[:, :, 0]  # (T, Q, P)
-            t = F.grid_sample(masks.float().expand(T, -1, -1, -1), grid, align_corners=False)[:, :, 0]
-            t = t.transpose(1, 2)  # (T, P, N)
+            x = F.grid_sample(mask_logits[None].float(), grid, align_corners=False)[0, :, 0]  # (Q, P)
+            t = F.grid_sample(masks, grid, align_corners=False)[0, :, 0].T  # (P, N)
             # The class cost is -p, not -log p, as in DETR. The BCE of logit x and target t is
             # softplus(x) - x * t.
-            cost_class = -class_logits.float().softmax(-1)[:, :, labels]
-            cost_mask = (F.softplus(x).sum(-1, keepdim=True) - x @ t) / self.num_points
+            cost_class = -class_logits.float().softmax(-1)[:, labels]
+            cost_mask = (F.softplus(x).sum(1, keepdim=True) - x @ t) / self.num_points
             p = x.sigmoid()
-            cost_dice = 1 - (2 * (p @ t) + 1) / (p.sum(-1, keepdim=True) + t.sum(1, keepdim=True) + 1)
+            cost_dice = 1 - (2 * (p @ t) + 1) / (p.sum(1, keepdim=True) + t.sum(0) + 1)
         weight_class, weight_mask, weight_dice = self.weights
-        return (weight_class * cost_class + weight_mask * cost_mask + weight_dice * cost_dice).view(T, Q, N)
+        return weight_class * cost_class + weight_mask * cost_mask + weight_dice * cost_dice
 
 
 class SetCriterion(nn.Module):
@@ -136,17 +133,18 @@ class SetCriterion(nn.Module):
                 raise ValueError(f"{len(target['labels'])} labels for {len(target['masks'])} masks")
         predictions = [*outputs.get("aux_outputs", []), outputs]
         class_logits = torch.stack([prediction["pred_logits"] for prediction in predictions]).float()
-        mask_logits = torch.stack([prediction["pred_masks"] for prediction in predictions]).float()
-        pairs = self.matcher.match(class_logits, mask_logits, targets)
+        pairs = self.matcher.match(predictions, targets)
         num_objects = max(sum(len(t["labels"]) for t in targets) if num_objects is None else num_objects, 1.0)
 
-        with torch.autocast(mask_logits.device.type, enabled=False):
-            layer, image, query, objects = self.matched(pairs, targets, mask_logits.device)
+        with torch.autocast(class_logits.device.type, enabled=False):
+            layer, image, query, objects = self.matched(pairs, targets, class_logits.device)
             labels = torch.cat([target["labels"] for target in targets])[objects]
             masks = torch.cat([target["masks"] for target in targets])
             loss_ce = self.class_losses(class_logits, layer, image, query, labels)  # (T,)
-            mask_losses = self.mask_losses(mask_logits[layer, image, query], masks, objects)  # (2, G)
             T = len(predictions)
+            chosen = (image * class_logits.shape[2] + query).split(layer.bincount(minlength=T).tolist())
+            mask_logits = [p["pred_masks"].flatten(0, 1)[rows] for p, rows in zip(predictions, chosen)]
+            mask_losses = self.mask_losses(torch.cat(mask_logits).float(), masks, objects)  # (2, G)
             loss_mask, loss_dice = mask_losses.new_zeros(2, T).index_add(1, layer, mask_losses) / num_objects
 
         names = [f"_{t}" for t in range(T - 1)] + [""]

@@ -626,6 +626,8 @@ def translate_state_dict(state_dict: dict, source: int, target: int) -> dict:
         else:
             result[names[0]] = value
     for name, parts in merged.items():
+        if len(parts) < 3:
+            raise ValueError(f"one of the three parameters that make {name!r} is missing")
         result[name] = torch.cat([parts[part] for part in range(3)])
     return result
 

@@ -3,11 +3,10 @@
     python distill.py --data my_dataset --init model_final_3c8ec9.pkl    # start from published weights
     python evaluate.py model_final_3c8ec9.pkl --data coco                # their AP
 
-Which kind a file is shows in its contents, not in its name. Nothing in a file is ever executed."""
+Which kind a file is shows in its contents. Nothing in a file is ever executed."""
 
 import pickle
 import re
-from pathlib import Path
 
 import numpy as np
 import safetensors.torch
@@ -27,6 +26,8 @@ def read_weights(path) -> dict:
     if "student" in content and "model_args" in content:
         return content
     state_dict = content.get("model", content)
+    if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+        raise ValueError(f"{path} holds no state dictionary")
     teacher = _below(state_dict, "modelTeacher.")
     try:
         student = convert_state_dict(_below(state_dict, "modelStudent.") or state_dict)
@@ -58,6 +59,10 @@ def model_args(state_dict: dict) -> dict:
         raise ValueError(
             "its backbone is none of resnet50, resnet101, swin_t, swin_s, swin_b, swin_l"
         ) from None
+    missing = {"decoder.query_features.weight", "decoder.class_head.weight"} - shapes.keys()
+    missing |= {f"{part}.layers.0.ffn.0.weight" for part in ("pixel_decoder", "decoder")} - shapes.keys()
+    if missing:
+        raise ValueError(f"the parameter {min(missing)!r} is missing")
     num_queries, hidden_dim = shapes["decoder.query_features.weight"]
     return {
         "num_classes": shapes["decoder.class_head.weight"][0] - 1,
@@ -86,7 +91,8 @@ def initialise(model: Mask2Former, state_dict: dict) -> list[str]:
     if known != needed:
         notes.append(f"it has {known} queries, the model {needed}: the first {min(known, needed)} are taken")
         for name in {queries, "decoder.query_positions.weight"} & state_dict.keys():
-            state_dict[name] = torch.cat([state_dict[name][:needed], own[name][known:]])
+            if state_dict[name].shape[1:] == own[name].shape[1:]:
+                state_dict[name] = torch.cat([state_dict[name][:needed], own[name][known:]])
     for name, value in own.items():
         if name.endswith("num_batches_tracked"):  # a counter that most files leave out
             state_dict.setdefault(name, value)
@@ -105,16 +111,24 @@ def initialise(model: Mask2Former, state_dict: dict) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- files
 
 
+TORCH_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # of torch.save before its zip format
+
+
 def _read(path) -> dict:
     """What a file holds: a dictionary of tensors, or of such dictionaries and plain values."""
-    path = Path(path)
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        if path.suffix == ".pkl":
-            with open(path, "rb") as file:
-                return _tensors(_ArraysOnly(file, encoding="latin1").load())
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            first = file.read(16)
+            file.seek(0)
+            if first[8:9] == b"{":  # behind the length of a header in JSON
+                content = safetensors.torch.load_file(path)
+            elif first[:2] == b"PK" or TORCH_MAGIC in first:
+                content = torch.load(file, map_location="cpu", weights_only=True)
+            else:
+                content = _tensors(_ArraysOnly(file, encoding="latin1").load())
+        if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+            raise pickle.UnpicklingError("it holds no dictionary with names")
+        return content
     except FileNotFoundError:
         raise ValueError(f"no checkpoint {str(path)!r}") from None
     except pickle.UnpicklingError as error:

@@ -38,7 +38,9 @@ def write_images(folder: Path, count: int) -> CocoDataset:
     H, W = SIZE
     for number in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((W, H))
-        pixels = np.asarray(coarse, dtype=float) + rng.normal(0, 12, (H, W, 3))  # about COCO's 160 kB a file
+        pixels = np.asarray(coarse, dtype=float) + rng.normal(
+            0, 12, (H, W, 3)
+        )  # some noise, or the files would be tiny
         image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
         image.filter(ImageFilter.GaussianBlur(0.6)).save(folder / f"images/{number}.jpg", quality=92)
         content["images"].append({"id": number, "file_name": f"{number}.jpg", "height": H, "width": W})

@@ -117,7 +117,7 @@ def test_a_sound_folder_has_no_errors_and_its_counts_are_shown(mine, tmp_path):
         "labelled: 6 images of 6, with 2 of 2 classes",
         "unlabelled pool: 36 images, 30 of them from folders",
         "warning: there is no validation set: training will show no AP",
-        "0 errors, 1 warnings",
+        "\n0 errors, 1 warnings",
     ):
         assert line in printed, printed
     assert np.asarray(Image.open(tmp_path / "a/sheet.png")).std() > 10
@@ -177,7 +177,19 @@ def test_every_planted_defect_is_named(mine, tmp_path):
     ):
         assert line in done.stdout, done.stdout
     assert "plain/0.jpg" in done.stdout and "Traceback" not in done.stderr
-    assert "8 errors" in done.stdout, done.stdout
+    assert "\n8 errors" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, words", [(["--ratio", "5"], "ratio 5.0 must be in"), (["--sheet", "s.foo"], "foo")]
+)
+def test_a_bad_flag_loses_no_report(mine, tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        check.main([str(mine[0]), *flags])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and "there is no validation set" in printed.out
+    assert words in printed.out + printed.err
 
 
 def test_what_it_cannot_check_at_all_is_one_line(tmp_path, capsys):

@@ -215,6 +215,13 @@ def test_training_on_it_shows_both_aps(root, tmp_path, capsys):
     assert "Cityscapes AP50" in capsys.readouterr().out
 
 
+def test_other_classes_over_its_folders_are_a_data_set_like_any_other(root):
+    _, val = load_data("cityscapes", root)
+    assert evaluate.is_cityscapes(val)
+    val.category_ids = [1, 2, 3]
+    assert not evaluate.is_cityscapes(val) and not evaluate.is_cityscapes(None)
+
+
 def test_without_its_package_the_rules_are_refused_with_what_to_do(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "cityscapesscripts.evaluation", None)
     _, val = load_data("cityscapes", root)

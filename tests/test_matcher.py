@@ -114,7 +114,9 @@ def losses_by_loops(outputs, targets, drawn, bilinear, criterion, num_objects):
         weighted = total_weight = loss_mask = loss_dice = 0.0
         for b, target in enumerate(targets):
             logits, masks = prediction["pred_logits"][b].detach(), prediction["pred_masks"][b].detach()
-            costs = costs_by_formulas(logits, masks, target, matching_points[b][t], bilinear)
+            costs = costs_by_formulas(
+                logits, masks, target, matching_points[t * len(targets) + b][0], bilinear
+            )
             pairs = cheapest_assignment(costs)
             classes = {q: int(target["labels"][n]) for q, n in pairs}
             for q in range(len(logits)):
@@ -166,9 +168,10 @@ def test_costs_equal_plain_formulas(drawn, bilinear, weights):
     torch.manual_seed(0)
     outputs, [target] = random_outputs(images=1, layers=0), random_targets([3])
     logits, masks = outputs["pred_logits"], outputs["pred_masks"]
-    costs = HungarianMatcher(*weights, num_points=P).costs(logits, masks, **target)
+    labels, their_masks = target["labels"], target["masks"][None].float()
+    costs = HungarianMatcher(*weights, num_points=P).costs(logits[0], masks[0], labels, their_masks)
     expected = costs_by_formulas(logits[0], masks[0], target, drawn[0][0], bilinear, weights)
-    np.testing.assert_allclose(costs[0].detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(costs.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("queries, objects", [(4, 3), (4, 4), (3, 5), (5, 1), (2, 6)])

@@ -95,6 +95,7 @@ REFUSED = {
     "an RLE without counts": ({"segmentation": {"size": [H, W]}}, "no counts"),
     "no segmentation": ({"segmentation": None}, "neither polygons nor an RLE"),
     "a number as segmentation": ({"segmentation": 3}, "neither polygons nor an RLE"),
+    "a crowd that is text": ({"iscrowd": "0"}, "its iscrowd is '0', not 0 or 1"),
     "no id": ({"id": None}, "annotation None: its id is no whole number"),
 }
 
@@ -159,6 +160,7 @@ BROKEN = {
     "a missing file": (changed("images", file_name="b.png"), "image 7: its file 'b.png' is not in"),
     "a folder as file": (changed("images", file_name="."), "image 7: its file '.' is not in"),
     "no file name": (changed("images", file_name=None), "its file_name is None"),
+    "half a character in the file name": (changed("images", file_name="\ud800.png"), "is not in"),
     "a zero in the file name": (changed("images", file_name="a\0.png"), "its file_name is"),
     "a way out": (changed("images", file_name="../secret.png"), "'../secret.png' leads out of"),
     "an absolute path": (changed("images", file_name="/etc/passwd"), "'/etc/passwd' leads out of"),
@@ -194,6 +196,12 @@ def test_all_problems_are_counted_and_can_be_listed(folder):
         read(folder, what)
     dataset = read(folder, what, strict=False)
     assert len(dataset.errors) == 2 and [a["id"] for a in dataset.annotations(7)] == [8]
+
+
+def test_annotations_of_a_missing_image_are_no_further_problems(folder):
+    what = content()
+    what["images"][0]["file_name"] = "gone.png"
+    assert len(read(folder, what, strict=False).errors) == 1
 
 
 def mutated(rng, value):
@@ -314,8 +322,9 @@ def test_transparency_is_left_out(tmp_path):
     assert np.array_equal(np.asarray(read_image(tmp_path / "a.png")), marked())
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize(
+    "orientation, shown", [(o, True) for o in range(1, 9)] + [(o, False) for o in range(5, 9)]
+)
 def test_an_image_is_turned_as_its_annotations_are(tmp_path, orientation, shown):
     """Annotations are for the image as it is shown; those for the stored pixels are known by their size."""
     image = Image.fromarray(marked())
@@ -331,7 +340,7 @@ def test_an_image_is_turned_as_its_annotations_are(tmp_path, orientation, shown)
     if shown:
         for size in (None, upright.shape[:2]):
             assert np.array_equal(np.asarray(read_image(tmp_path / "a.png", size)), upright)
-    elif upright.shape[:2] != (H, W):
+    else:
         assert np.array_equal(np.asarray(read_image(tmp_path / "a.png", (H, W))), marked())
 
 
@@ -392,6 +401,16 @@ def test_a_damaged_image_gives_way_to_another_one_and_is_named_once(many, capsys
     assert torch.equal(whole[4, 1]["image"], views[4, 1]["image"])
 
 
+def test_the_only_other_image_takes_the_place_of_a_damaged_one(folder):
+    """However often it is drawn: one damaged image never ends a run."""
+    (folder / "images" / "b.png").write_text("hello")
+    what = content()
+    what["images"].append(what["images"][0] | {"id": 8, "file_name": "b.png"})
+    batches = stream(Views(read(folder, what), View((32, 32))), [7, 8], 50, seed=0)
+    for _ in range(20):
+        assert len(next(batches)) == 50
+
+
 def test_more_than_one_percent_of_damaged_images_end_the_stream(many):
     for number in range(3):
         emptied(many.path(number))
@@ -430,6 +449,19 @@ def test_images_of_an_annotation_file_do_not_join_the_pool_again(folder):
         Pool(dataset, [folder / "nowhere"])
 
 
+def test_links_are_followed_and_nothing_joins_the_pool_twice(folder):
+    """Else an image for validation could slip in under another name."""
+    dataset = read(folder, content())
+    (folder / "farm" / "deep").mkdir(parents=True)
+    (folder / "else").mkdir()
+    Image.fromarray(marked()).save(folder / "else" / "b.png")
+    (folder / "farm" / "known.png").symlink_to(folder / "images" / "a.png")
+    (folder / "farm" / "deep" / "else").symlink_to(folder / "else")
+    (folder / "farm" / "deep" / "loop").symlink_to(folder / "farm")
+    pool = Pool(dataset, [folder / "farm", folder / "else", folder / "farm"], known=[dataset])
+    assert [os.path.basename(pool.path(i)) for i in pool.image_ids] == ["a.png", "b.png"]
+
+
 def test_a_packed_list_is_the_list():
     items = [{"a": [1.5, None]}, "", 3, [], "x" * 1000]
     packed = Packed(items)
@@ -466,6 +498,27 @@ def cities(tmp_path):
 def test_a_split_is_a_list_of_names(cities, tmp_path, text, expected):
     (tmp_path / "split.txt").write_text(text)
     assert listed_split(tmp_path / "split.txt", cities) == expected
+
+
+def test_what_fits_exactly_comes_first(tmp_path):
+    """Numbered files, two endings of one name, a dot within a name."""
+    names = ["0.png", "1.png", "2.png", "c.jpg", "c.png", "a.b.png"]
+    for name in names:
+        Image.fromarray(marked()).save(tmp_path / name)
+    images = [{"id": i, "file_name": n, "height": H, "width": W} for i, n in enumerate(names, start=1)]
+    (tmp_path / "a.json").write_text(json.dumps({**content(), "images": images, "annotations": []}))
+    dataset = CocoDataset(tmp_path / "a.json", tmp_path)
+    for line, number in (
+        ("2.png", 3),
+        ("2", 3),
+        ("6", 6),
+        ("c.png", 5),
+        ("c.jpg", 4),
+        ("a.b", 6),
+        ("1.jpg", 2),
+    ):
+        (tmp_path / "split.txt").write_text(line)
+        assert listed_split(tmp_path / "split.txt", dataset) == [number]
 
 
 @pytest.mark.parametrize(

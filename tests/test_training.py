@@ -259,6 +259,14 @@ def test_one_step_of_two_processes_equals_one_step_of_one(tiny, tmp_path):
         (["--crop", "65,64"], "multiples of 32"),
         (["--data", "coco", "--root", "/nowhere"], "no annotation file"),
         (["--teacher", "missing.pt"], "no checkpoint 'missing.pt'"),
+        (["--init", "missing.pkl"], "no checkpoint 'missing.pkl'"),
+        (["--split", "missing.txt"], "the split 'missing.txt' cannot be read"),
+        (["--unlabelled", "missing"], "no folder 'missing' of unlabelled images"),
+        (["--save-every", "0"], "--save-every are at least 1"),
+        (["--scale", "2.0"], "scale is a range of two numbers"),
+        (["--scale", "2,1"], "scale is a range of two numbers"),
+        (["--device", "cuda"], "torch finds no GPU"),
+        (["--device", "tpu"], "unknown --device 'tpu'"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_line_and_exit_code_2(tiny, tmp_path, capsys, flags, words):
@@ -281,6 +289,19 @@ def test_an_output_folder_of_other_settings_is_refused(tiny, finished, capsys):
         distill.cli(["--data", str(tiny), *TINY, "--out", str(out), "--steps", "5", "--seed", "1"])
     assert stopped.value.code == 2
     assert "made with other settings (seed 0, now 1)" in capsys.readouterr().err
+
+
+def test_another_split_under_the_same_name_is_refused(tiny, tmp_path, capsys):
+    flags = ["--data", str(tiny), *TINY, "--out", str(tmp_path), "--steps", "1", "--split"]
+    flags += [str(tmp_path / "split.txt")]
+    for lines in ("0\n1\n", "0\n2\n"):
+        (tmp_path / "split.txt").write_text(lines)
+        if lines == "0\n1\n":
+            distill.cli(flags)
+        else:
+            with pytest.raises(SystemExit):
+                distill.cli(flags)
+            assert "was made with other settings (split '" in capsys.readouterr().err
 
 
 def test_classes_of_training_and_validation_must_agree(tiny, tmp_path, capsys):

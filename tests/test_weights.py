@@ -1,6 +1,7 @@
 """Checkpoint files of other code, in and out. No published file is at hand, so they are made here: with the
 names and shapes of the official model, written down one by one."""
 
+import json
 import os
 import pickle
 import subprocess
@@ -17,7 +18,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 import distill
 import evaluate
 from model import OFFICIAL, OURS, Mask2Former, convert_state_dict, translate_state_dict
-from weights import _read, initialise, read_weights
+from weights import _read, initialise, model_args, read_weights
 
 ROOT = Path(distill.__file__).parent
 
@@ -25,11 +26,6 @@ ROOT = Path(distill.__file__).parent
 def official_resnet(blocks, num_classes=80, num_queries=100, C=256) -> dict:
     """Name -> shape of all that an official Mask2Former with a ResNet holds."""
     shapes = {}
-
-    def layer(name, *weight, bias=True):
-        shapes[f"{name}.weight"] = weight
-        if bias:
-            shapes[f"{name}.bias"] = weight[:1]
 
     def conv_with_frozen_norm(name, *weight):
         shapes[f"{name}.weight"] = weight
@@ -148,6 +144,8 @@ def test_official_files_of_every_backbone_fit(name):
     with torch.device("meta"):
         model = Mask2Former(80, name, num_queries=200 if name == "swin_l" else 100)
         found = convert_state_dict({key: torch.empty(shape) for key, shape in shapes.items()})
+    args = model_args(found)
+    assert args["backbone"] == name and args["num_queries"] == (200 if name == "swin_l" else 100)
     own = {key: value.shape for key, value in model.state_dict().items()}
     assert {key: value.shape for key, value in found.items()} == own
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
@@ -243,6 +241,48 @@ def test_a_pickle_that_asks_for_more_than_arrays_is_refused_before_anything_runs
     assert not Path("ran").exists()
 
 
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (torch.zeros(3), "no dictionary"),
+        ([torch.zeros(3)], "no dictionary"),
+        ({0: torch.zeros(3)}, "no dictionary"),
+        ({"model": 3}, "no state dictionary"),
+        ({"model": {"sem_seg_head.predictor.query_feat.weight": 3}}, "no state dictionary"),
+        ({"sem_seg_head.predictor.query_feat.weight": torch.zeros(3, 4)}, "backbone is none of"),
+        ({"some.name": torch.zeros(3)}, "neither the official"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content, words):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=words):
+        read_weights(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("missing", ["predictor.query_feat.weight", "predictor.class_embed.weight"])
+def test_a_missing_parameter_is_named(official, tmp_path, missing):
+    less = {name: torch.from_numpy(value) for name, value in official.items() if missing not in name}
+    torch.save(less, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="'decoder.(query_features|class_head).weight' is missing"):
+        read_weights(tmp_path / "a.pth")
+
+
+def test_a_query_without_its_key_is_refused():
+    part = "model.transformer_module.decoder.layers.0.self_attn.q_proj.weight"
+    names = {part: torch.zeros(4, 4), "model.pixel_level_module.decoder.level_embed": torch.zeros(3, 4)}
+    with pytest.raises(ValueError, match="self_attn.in_proj_weight' is missing"):
+        convert_state_dict(names)
+
+
+def test_the_name_of_a_file_says_nothing(official, tmp_path):
+    (tmp_path / "a.pth").write_bytes(pickle.dumps({"model": official}))
+    torch.save({n: torch.from_numpy(v) for n, v in official.items()}, tmp_path / "b.pkl")
+    legacy = {n: torch.from_numpy(v) for n, v in official.items()}
+    torch.save(legacy, tmp_path / "c.safetensors", _use_new_zipfile_serialization=False)
+    for name in ("a.pth", "b.pkl", "c.safetensors"):
+        assert holds(read_weights(tmp_path / name)["student"], official)
+
+
 @pytest.mark.parametrize("name", ["a.pkl", "a.pth", "a.safetensors"])
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x05\x95\xff\xff\xff\xff", b"PK\x03\x04 hello"])
 def test_a_damaged_file_is_named(tmp_path, name, content):
@@ -296,6 +336,10 @@ def test_the_same_model_is_taken_over_silently(make_model):
         (lambda s: s.pop("decoder.class_head.bias"), "'decoder.class_head.weight'|'decoder.class_head.bias'"),
         (lambda s: s.update({"decoder.nrm.weight": torch.ones(1)}), "no parameter 'decoder.nrm.weight'"),
         (lambda s: s.update({"decoder.norm.bias": torch.ones(9)}), r"'decoder.norm.bias' is \(9,\)"),
+        (
+            lambda s: s.update({"decoder.query_features.weight": torch.ones(9, 8)}),
+            r"is \(9, 8\), the model's",
+        ),
     ],
 )
 def test_any_other_difference_is_an_error_that_names_it(make_model, change, words):
@@ -349,6 +393,18 @@ def test_an_official_file_can_be_the_teacher_only_with_the_classes_of_the_data(p
     flags = ["--data", shapes, *TRAINED.split(), "--teacher", pkl[0], "--out", tmp_path]
     error = command("burnin.py", *flags, code=2).stderr
     assert error == "error: the checkpoint knows 7 classes, the data has 4\n"
+
+
+def test_an_official_file_teaches_to_the_end(shapes, tmp_path):
+    """Through all phases, table and picture."""
+    sizes = dict(hidden_dim=32, encoder_layers=1, encoder_ffn=32, decoder_layers=1, decoder_ffn=32)
+    model = Mask2Former(4, "resnet50", num_queries=3, **sizes)
+    names = translate_state_dict(model.state_dict(), OURS, OFFICIAL)
+    path = tmp_path / "teacher.pkl"
+    path.write_bytes(pickle.dumps({"model": {name: value.numpy() for name, value in names.items()}}))
+    small = TRAINED.replace("resnet50", "resnet10t").replace("frozen", "group").split()
+    printed = command("distill.py", "--data", shapes, *small, "--teacher", path, "--out", tmp_path).stdout
+    assert "burnt-in" in printed and (tmp_path / "predictions.png").exists()
 
 
 def test_an_official_file_is_evaluated(pkl, make_dataset, tmp_path, capsys):
@@ -424,6 +480,19 @@ def test_an_exported_model_is_the_same_in_transformers(tmp_path, which, argument
         again = convert_state_dict(load_file(tmp_path / "out" / file))
         own = {name: value for name, value in model.state_dict().items() if "num_batches" not in name}
         assert again.keys() == own.keys() and all(torch.equal(again[n], v) for n, v in own.items())
+
+
+def test_a_teacher_of_another_kind_is_exported_as_what_it_is(tmp_path):
+    sizes = dict(num_classes=2, hidden_dim=32, encoder_layers=1, decoder_layers=1)
+    student, teacher = ({**sizes, "backbone": name} for name in ("resnet50", "resnet101"))
+    checkpoint = {
+        "student": Mask2Former(**student).state_dict(), "model_args": student,
+        "teacher": Mask2Former(**teacher).state_dict(), "teacher_args": teacher,
+    }  # fmt: skip
+    torch.save(checkpoint, tmp_path / "burnin.pt")
+    evaluate.main([str(tmp_path / "burnin.pt"), "--export", str(tmp_path / "out"), "--which", "teacher"])
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["backbone_config"]["backbone"] == "resnet101"
 
 
 def test_the_official_form_read_and_written_again_has_the_same_bytes(tmp_path, official):

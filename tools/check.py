@@ -17,7 +17,7 @@ from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
 import engine
-from data import CocoDataset, DataError, Pool, find_data, labelled_split, listed_split, read_image, to_rle
+from data import CocoDataset, DataError, Pool, find_data, labelled_split, listed_split, to_rle
 from evaluate import draw_instances
 
 SHOWN = 100  # problems of a kind that are listed
@@ -47,16 +47,20 @@ def main(argv=None) -> None:
         found = find_data(flags.data, flags.root, **files)
         parts = [CocoDataset(*arguments, strict=False) if arguments else None for arguments in found]
     errors, warnings = report(*parts, flags)
+    print()
     for kind, messages in (("warning", warnings), ("error", errors)):
         print(*(f"{kind}: {message}" for message in messages[:SHOWN]), sep="\n", end="\n" if messages else "")
         if len(messages) > SHOWN:
             print(f"{kind}: {len(messages) - SHOWN} more")
     print(f"{len(errors)} errors, {len(warnings)} warnings")
+    with engine.user_errors():
+        sheet(parts[0], flags.sheet)
+        print(f"images with their masks: {flags.sheet}")
     sys.exit(2 if errors else 0)
 
 
 def report(train: CocoDataset, val: CocoDataset | None, flags) -> tuple[list[str], list[str]]:
-    """Prints the counts, writes the sheet, and returns errors and warnings."""
+    """Prints the counts, and returns errors and warnings."""
     errors, warnings, seen = [], [], {}
     for name, dataset in (("training", train), ("validation", val)):
         if dataset is None:
@@ -67,37 +71,29 @@ def report(train: CocoDataset, val: CocoDataset | None, flags) -> tuple[list[str
         errors += [f"{file}: {message}" for message in dataset.errors]
         warnings += [f"{file}: {message}, it is left out" for message in dataset.dropped]
         print(counts(dataset))
-        with ThreadPoolExecutor() as threads:
-            checks = threads.map(
-                lambda image_id, dataset=dataset: check_image(dataset, image_id), dataset.image_ids
-            )
-            for image_id, (digest, error, empty) in zip(
-                dataset.image_ids, tqdm(checks, name, len(dataset), leave=False, disable=None)
-            ):
-                where = f"{file}: image {image_id}"
-                errors += [f"{where}: {error}"] if error else []
-                warnings += [
-                    f"{file}: annotation {number} (image {image_id}) has an empty mask" for number in empty
-                ]
-                if digest in seen:
-                    warnings.append(
-                        f"{where} ({dataset.file_name(image_id)!r}) is the same file as {seen[digest]}"
-                    )
-                elif digest:
-                    seen[digest] = f"{file}: image {image_id} ({dataset.file_name(image_id)!r})"
-                number = len(dataset.objects(image_id))
-                if number > flags.num_queries:
-                    warnings.append(f"{where} has {number} objects, the model {flags.num_queries} queries")
+        checks = in_threads(dataset.image_ids, lambda i, dataset=dataset: check_image(dataset, i), name)
+        for image_id, (digest, error, empty) in checks:
+            where = f"{file}: image {image_id}"
+            errors += [f"{where}: {error}"] if error else []
+            warnings += [
+                f"{file}: annotation {number} (image {image_id}) has an empty mask" for number in empty
+            ]
+            if digest in seen:
+                warnings.append(
+                    f"{where} ({dataset.file_name(image_id)!r}) is the same file as {seen[digest]}"
+                )
+            elif digest:
+                seen[digest] = f"{file}: image {image_id} ({dataset.file_name(image_id)!r})"
+            number = len(dataset.objects(image_id))
+            if number > flags.num_queries:
+                warnings.append(f"{where} has {number} objects, the model {flags.num_queries} queries")
     if val and val.class_names != train.class_names:
         errors.append(f"training has the classes {train.class_names}, validation {val.class_names}")
     try:
         warnings += split_warnings(train, flags)
-        check_pool(Pool(train, flags.unlabelled, known=[train, val]), len(train), errors)
-    except DataError as error:
+        errors += pool_errors(Pool(train, flags.unlabelled, known=[train, val]))
+    except ValueError as error:
         errors.append(str(error))
-    if len(train):
-        sheet(train, flags.sheet)
-        print(f"\nimages with their masks: {flags.sheet}")
     return errors, warnings
 
 
@@ -153,20 +149,27 @@ def split_warnings(train: CocoDataset, flags) -> list[str]:
     return [f"{len(missing)} classes are in no labelled image: {', '.join(missing[:20])}"] if missing else []
 
 
-def check_pool(pool: Pool, first: int, errors: list[str]) -> None:
+def pool_errors(pool: Pool) -> list[str]:
     """Reads the unlabelled images that are in no annotation file."""
-    numbers = pool.image_ids[first:]
+    numbers = pool.image_ids[len(pool.dataset) :]
+    print(f"unlabelled pool: {len(pool.image_ids)} images, {len(numbers)} of them from folders")
 
     def check(number):
         try:
-            read_image(pool.path(number))
+            pool.image(number)
         except DataError as error:
             return str(error)
 
-    print(f"unlabelled pool: {len(pool.image_ids)} images, {len(numbers)} of them from folders")
-    with ThreadPoolExecutor() as threads:
-        found = tqdm(threads.map(check, numbers), "unlabelled", len(numbers), leave=False, disable=None)
-        errors += [message for message in found if message]
+    return [error for _, error in in_threads(numbers, check, "unlabelled") if error]
+
+
+def in_threads(items, function, name: str):
+    """Yields each item with what the function makes of it, and shows how far it is."""
+    with ThreadPoolExecutor() as threads, tqdm(total=len(items), desc=name, leave=False, disable=None) as bar:
+        for first in range(0, len(items), 1000):  # or a million would wait at once
+            part = items[first : first + 1000]
+            yield from zip(part, threads.map(function, part))
+            bar.update(len(part))
 
 
 def sheet(dataset: CocoDataset, path, columns: int = 4, rows: int = 3, side: int = 320) -> None:

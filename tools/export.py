@@ -22,13 +22,16 @@ def export(checkpoint: dict, which: str, folder: Path) -> None:
     if checkpoint[which] is None:
         raise ValueError(f"the checkpoint has no {which}")
     model = load_model(checkpoint, which, "cpu")
+    args = checkpoint["model_args"]
+    if which == "teacher":  # which may be another model
+        args = checkpoint.get("teacher_args") or args
     config = checkpoint.get("config", {})
     sizes = config.get("test_short_side", 800), config.get("test_long_side", 1333)
     names = checkpoint.get("class_names") or [
         f"class {k}" for k in range(model.decoder.class_head.out_features - 1)
     ]
     written = {
-        "config.json": hugging_face_config(model, checkpoint["model_args"], names),
+        "config.json": hugging_face_config(model, args, names),
         "preprocessor_config.json": preprocessor_config(model, *sizes),
     }
     state_dict = model.state_dict()
