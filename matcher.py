@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+CACHED = 2**21  # numbers that are worked on at once: beyond this a CPU reads memory again and again
+
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear samples of maps (G, H, W) at points (G, P, 2), zero outside -> (G, P). Source: PointRend
@@ -58,35 +60,41 @@ class HungarianMatcher(nn.Module):
     def match(self, predictions: list[dict], targets: list[dict]) -> list[list]:
         """The same for T predictions at once -> T lists of B pairs. All costs travel to the CPU in one
         copy."""
-        objects = [(target["labels"], target["masks"].float()[None]) for target in targets]
-        costs = [
-            [self.costs(p["pred_logits"][b], p["pred_masks"][b], *o) for b, o in enumerate(objects)]
-            for p in predictions
-        ]  # T times B times (Q, N)
-        flat = torch.cat([cost.flatten() for row in costs for cost in row]).cpu()
+        Q = predictions[0]["pred_logits"].shape[1]
+        together = max(1, CACHED // (Q * self.num_points))  # predictions whose samples stay in the cache
+        costs = []  # B times (T, Q, N)
+        for b, target in enumerate(targets):
+            labels, masks, parts = target["labels"], target["masks"].float(), []
+            for first in range(0, len(predictions), together):
+                chunk = predictions[first : first + together]
+                logits = [torch.stack([p[name][b] for p in chunk]) for name in ("pred_logits", "pred_masks")]
+                parts.append(self.costs(*logits, labels, masks))
+            costs.append(torch.cat(parts))
+        flat = torch.cat([cost.flatten() for cost in costs]).cpu()
         if not flat.isfinite().all():
             raise FloatingPointError("the matching costs are not finite: the model's outputs are not")
-        parts = iter(flat.split([cost.numel() for row in costs for cost in row]))
-        pairs = [
-            [linear_sum_assignment(next(parts).view(cost.shape).numpy()) for cost in row] for row in costs
-        ]
+        costs = [part.view(cost.shape) for part, cost in zip(flat.split([c.numel() for c in costs]), costs)]
+        pairs = [[linear_sum_assignment(cost[t].numpy()) for cost in costs] for t in range(len(predictions))]
         return [[tuple(torch.as_tensor(i, dtype=torch.int64) for i in pair) for pair in row] for row in pairs]
 
     def costs(self, class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor) -> Tensor:
-        """Of one image: (Q, K+1), (Q, h, w), (N,), (1, N, H, W) -> (Q, N)."""
+        """Of one image: (T, Q, K+1), (T, Q, h, w), (N,), (N, H, W) float -> (T, Q, N). Each of the T
+        predictions has points of its own."""
+        (T, Q), N = mask_logits.shape[:2], len(labels)
         with torch.autocast(mask_logits.device.type, enabled=False):
-            points = torch.rand(1, self.num_points, 2, device=mask_logits.device)
+            points = torch.rand(T, self.num_points, 2, device=mask_logits.device)
             grid = 2 * points[:, None] - 1
-            x = F.grid_sample(mask_logits[None].float(), grid, align_corners=False)[0, :, 0]  # (Q, P)
-            t = F.grid_sample(masks, grid, align_corners=False)[0, :, 0].T  # (P, N)
+            x = F.grid_sample(mask_logits.float(), grid, align_corners=False)[:, :, 0]  # (T, Q, P)
+            t = F.grid_sample(masks.expand(T, -1, -1, -1), grid, align_corners=False)[:, :, 0]
+            t = t.transpose(1, 2)  # (T, P, N)
             # The class cost is -p, not -log p, as in DETR. The BCE of logit x and target t is
             # softplus(x) - x * t.
-            cost_class = -class_logits.float().softmax(-1)[:, labels]
-            cost_mask = (F.softplus(x).sum(1, keepdim=True) - x @ t) / self.num_points
+            cost_class = -class_logits.float().softmax(-1)[:, :, labels]
+            cost_mask = (F.softplus(x).sum(-1, keepdim=True) - x @ t) / self.num_points
             p = x.sigmoid()
-            cost_dice = 1 - (2 * (p @ t) + 1) / (p.sum(1, keepdim=True) + t.sum(0) + 1)
+            cost_dice = 1 - (2 * (p @ t) + 1) / (p.sum(-1, keepdim=True) + t.sum(1, keepdim=True) + 1)
         weight_class, weight_mask, weight_dice = self.weights
-        return weight_class * cost_class + weight_mask * cost_mask + weight_dice * cost_dice
+        return (weight_class * cost_class + weight_mask * cost_mask + weight_dice * cost_dice).view(T, Q, N)
 
 
 class SetCriterion(nn.Module):

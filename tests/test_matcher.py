@@ -114,9 +114,7 @@ def losses_by_loops(outputs, targets, drawn, bilinear, criterion, num_objects):
         weighted = total_weight = loss_mask = loss_dice = 0.0
         for b, target in enumerate(targets):
             logits, masks = prediction["pred_logits"][b].detach(), prediction["pred_masks"][b].detach()
-            costs = costs_by_formulas(
-                logits, masks, target, matching_points[t * len(targets) + b][0], bilinear
-            )
+            costs = costs_by_formulas(logits, masks, target, matching_points[b][t], bilinear)
             pairs = cheapest_assignment(costs)
             classes = {q: int(target["labels"][n]) for q, n in pairs}
             for q in range(len(logits)):
@@ -168,10 +166,10 @@ def test_costs_equal_plain_formulas(drawn, bilinear, weights):
     torch.manual_seed(0)
     outputs, [target] = random_outputs(images=1, layers=0), random_targets([3])
     logits, masks = outputs["pred_logits"], outputs["pred_masks"]
-    labels, their_masks = target["labels"], target["masks"][None].float()
-    costs = HungarianMatcher(*weights, num_points=P).costs(logits[0], masks[0], labels, their_masks)
+    labels, their_masks = target["labels"], target["masks"].float()
+    costs = HungarianMatcher(*weights, num_points=P).costs(logits, masks, labels, their_masks)
     expected = costs_by_formulas(logits[0], masks[0], target, drawn[0][0], bilinear, weights)
-    np.testing.assert_allclose(costs.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(costs[0].detach().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("queries, objects", [(4, 3), (4, 4), (3, 5), (5, 1), (2, 6)])
@@ -210,6 +208,18 @@ def test_losses_equal_plain_loops_at_the_same_points(drawn, bilinear, counts):
     for name, value in losses.items():
         assert value.ndim == 0
         assert value.item() == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+
+
+def test_predictions_in_parts_are_matched_as_all_at_once(monkeypatch):
+    """What stays in the cache is a matter of speed alone; the points are fixed."""
+    outputs, targets = random_outputs(), random_targets([2, 3])
+    points = torch.linspace(0.1, 0.9, 2 * P).view(1, P, 2)
+    monkeypatch.setattr(matcher.torch, "rand", lambda *size, **_: points.expand(size))
+    predictions = [*outputs["aux_outputs"], outputs]
+    together = HungarianMatcher(num_points=P).match(predictions, targets)
+    monkeypatch.setattr(matcher, "CACHED", 1)
+    for row, other in zip(together, HungarianMatcher(num_points=P).match(predictions, targets), strict=True):
+        assert all(torch.equal(a, b) for x, y in zip(row, other, strict=True) for a, b in zip(x, y))
 
 
 def test_outputs_without_auxiliary_predictions_are_welcome():
