@@ -70,9 +70,8 @@ class CocoDataset:
         self.image_ids = sorted(images)
         self._label = {category_id: label for label, category_id in enumerate(self.category_ids)}
         self._row = {image_id: row for row, image_id in enumerate(self.image_ids)}
-        self._sizes = np.array([(images[i]["height"], images[i]["width"]) for i in self.image_ids]).reshape(
-            -1, 2
-        )
+        sizes = [(images[i]["height"], images[i]["width"]) for i in self.image_ids]
+        self._sizes = np.array(sizes, dtype=int).reshape(-1, 2)
         self._names = Packed(images[i]["file_name"] for i in self.image_ids)
         by_image = {image_id: [] for image_id in self.image_ids}
         for annotation in annotations:
@@ -246,13 +245,13 @@ def read_coco(json_file, image_folder) -> tuple[dict, dict, list[dict], list[str
         for key, known in (("image_id", images), ("category_id", categories)):
             if type(entry.get(key)) is not int or entry[key] not in known:
                 raise DataError(f"its {key} {entry.get(key)!r} is not in the file"[:200])
-        image = images[entry["image_id"]]
-        if image is None:  # which has been said already
+        image, category = images[entry["image_id"]], categories[entry["category_id"]]
+        if not image or not category:  # it has been said already what is wrong with them
             return None
         area = entry.get("area")
         usable = {"id": entry["id"], "image_id": entry["image_id"], "category_id": entry["category_id"]}
-        usable["iscrowd"] = entry.get("iscrowd", 0)
-        if usable["iscrowd"] not in (0, 1) or type(usable["iscrowd"]) is str:
+        usable["iscrowd"] = entry.get("iscrowd") or 0
+        if usable["iscrowd"] not in (0, 1):
             raise DataError(f"its iscrowd is {usable['iscrowd']!r}, not 0 or 1"[:200])
         usable["area"] = float(area) if isinstance(area, (int, float)) and 0 < area < MAX_PIXELS else None
         try:

@@ -198,10 +198,11 @@ def test_all_problems_are_counted_and_can_be_listed(folder):
     assert len(dataset.errors) == 2 and [a["id"] for a in dataset.annotations(7)] == [8]
 
 
-def test_annotations_of_a_missing_image_are_no_further_problems(folder):
-    what = content()
-    what["images"][0]["file_name"] = "gone.png"
-    assert len(read(folder, what, strict=False).errors) == 1
+@pytest.mark.parametrize("kind, change", [("images", {"file_name": "gone.png"}), ("categories", {"name": 3})])
+def test_annotations_of_what_is_refused_are_no_further_problems(folder, kind, change):
+    dataset = read(folder, changed(kind, **change), strict=False)
+    assert len(dataset.errors) == 1
+    assert [annotation for i in dataset.image_ids for annotation in dataset.annotations(i)] == []
 
 
 def mutated(rng, value):
