@@ -114,13 +114,10 @@ def user_errors(kinds=(ValueError, OSError)):
 
 def keep_freed_memory() -> None:
     """Asks glibc not to hand freed blocks back to the system: on a CPU a step would fault them in again and
-    again, for a quarter of its time."""
+    again. bench/RESULTS.md has what it brings."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        for parameter, value in (
-            (-4, 0),
-            (-1, 2**31 - 1),
-            (-2, 2**28),
-        ):  # M_MMAP_MAX, _TRIM_THRESHOLD, _TOP_PAD
+        M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
             ctypes.CDLL(None).mallopt(parameter, value)
 
 

@@ -234,3 +234,20 @@ def test_a_damaged_image_ends_an_evaluation(mine, tmp_path):
     (folder / "images/3.png").write_text("hello")
     error = run("evaluate.py", tmp_path / "run/teacher.pt", code=2).stderr
     assert error.startswith("error: image '") and "3.png" in error and error.count("\n") == 1
+
+
+def test_an_evaluation_keeps_the_files_of_its_run_and_takes_others(mine, tmp_path):
+    """Also when --data names the same folder; a file that cannot be written is one line."""
+    folder, what = mine
+    for name, count in (("instances_val", 6), ("other", 1)):
+        few = what | {"images": what["images"][:count], "annotations": what["annotations"][:count]}
+        (folder / f"{name}.json").write_text(json.dumps(few))
+    flags = ["--data", folder, "--val-json", folder / "other.json", "--out", tmp_path / "run", *TINY.split()]
+    assert "1 for validation" in run("burnin.py", *flags, "--steps", "1").stdout
+    (folder / "images/5.png").write_text("hello")  # of instances_val.json alone
+    checkpoint = tmp_path / "run/teacher.pt"
+    run("evaluate.py", checkpoint, "--data", folder)
+    val = folder / "instances_val.json"
+    assert "5.png" in run("evaluate.py", checkpoint, "--val-json", val, code=2).stderr
+    error = run("evaluate.py", checkpoint, "--json", tmp_path / "gone/ap.json", code=2).stderr
+    assert error.startswith("error: ") and error.count("\n") == 1

@@ -14,7 +14,7 @@ from pycocotools import mask as rle_tools
 import burnin
 import evaluate
 from cityscapes import CLASSES, cityscapes_ap, convert, label_file
-from data import CocoDataset, listed_split, load_data, to_rle
+from data import CocoDataset, DataError, listed_split, load_data, to_rle
 
 H, W = 64, 128
 ROOT = Path(evaluate.__file__).parent
@@ -213,6 +213,13 @@ def test_training_on_it_shows_both_aps(root, tmp_path, capsys):
         [str(tmp_path / "burnin.pt"), "--root", str(root), "--device", "cpu", "--json", str(tmp_path / "ap")]
     )
     assert "Cityscapes AP50" in capsys.readouterr().out
+
+
+def test_a_damaged_label_file_is_named(root, tmp_path):
+    _, val = load_data("cityscapes", root)
+    (tmp_path / "a.png").write_text("hello")
+    with pytest.raises(DataError, match="label file .*a.png"):
+        cityscapes_ap({val.image_ids[0]: tmp_path / "a.png"}, [])
 
 
 def test_other_classes_over_its_folders_are_a_data_set_like_any_other(root):

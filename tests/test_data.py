@@ -540,6 +540,7 @@ def test_train_and_val_share_no_image(shapes):
         ((1024, 2048), (1024, 2048), (1024, 2048)),
         ((123, 457), (0, 1333), (123, 457)),
         ((123, 4570), (0, 0), (123, 4570)),
+        ((1, 5000), (800, 1333), (1, 1333)),
     ],
 )
 def test_at_test_time_the_shorter_side_counts_unless_the_longer_gets_too_long(size, sides, expected):
