@@ -30,6 +30,31 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps[:, None].to(points.dtype), grid, align_corners=False)[:, 0, :, 0]
 
 
+def sample_together(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear samples of maps (T, Q, H, W), all Q of one T at the same points (T, P, 2) -> (T, P, Q). Each
+    is a sum of four pixels, fast if the maps are channels last in memory."""
+    T, Q, H, W = maps.shape
+    index, shares = bilinear_taps(points, H, W)
+    index = index + H * W * torch.arange(T, dtype=torch.int32, device=maps.device)[:, None, None]
+    rows = maps.permute(0, 2, 3, 1).contiguous().view(-1, Q)
+    samples = F.embedding_bag(index.view(-1, 4), rows, per_sample_weights=shares.view(-1, 4), mode="sum")
+    return samples.view(T, -1, Q)
+
+
+def bilinear_taps(points: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
+    """points (..., 2) on a map of H x W pixels -> the four pixels around each, counted row by row, and their
+    bilinear shares, zero for what is outside: both (..., 4)."""
+    pixels = points * torch.tensor([W, H], device=points.device) - 0.5
+    corner = pixels.floor()
+    (x, y), (left, upper) = (pixels - corner).unbind(-1), corner.int().unbind(-1)
+    x0, x1 = (1 - x) * (left >= 0), x * (left < W - 1)
+    y0, y1 = (1 - y) * (upper >= 0), y * (upper < H - 1)
+    left, right = left.clamp(min=0), (left + 1).clamp(max=W - 1)
+    upper, lower = W * upper.clamp(min=0), W * (upper + 1).clamp(max=H - 1)
+    index = torch.stack([upper + left, upper + right, lower + left, lower + right], dim=-1)
+    return index, torch.stack([y0 * x0, y0 * x1, y1 * x0, y1 * x1], dim=-1)
+
+
 class HungarianMatcher(nn.Module):
     """Finds for each image the one-to-one matching of queries to objects that costs least.
 
@@ -64,11 +89,15 @@ class HungarianMatcher(nn.Module):
         together = max(1, CACHED // (Q * self.num_points))  # predictions whose samples stay in the cache
         costs = []  # B times (T, Q, N)
         for b, target in enumerate(targets):
-            labels, masks, parts = target["labels"], target["masks"].float(), []
+            labels, parts = target["labels"], []
+            masks = target["masks"].permute(1, 2, 0).contiguous().permute(2, 0, 1)  # pixel by pixel in memory
             for first in range(0, len(predictions), together):
                 chunk = predictions[first : first + together]
-                logits = [torch.stack([p[name][b] for p in chunk]) for name in ("pred_logits", "pred_masks")]
-                parts.append(self.costs(*logits, labels, masks))
+                class_logits, mask_logits = (
+                    [p[name][b] for p in chunk] for name in ("pred_logits", "pred_masks")
+                )
+                mask_logits = torch.stack(mask_logits) if len(chunk) > 1 else mask_logits[0][None]  # no copy
+                parts.append(self.costs(torch.stack(class_logits), mask_logits, labels, masks))
             costs.append(torch.cat(parts))
         flat = torch.cat([cost.flatten() for cost in costs]).cpu()
         if not flat.isfinite().all():
@@ -78,23 +107,25 @@ class HungarianMatcher(nn.Module):
         return [[tuple(torch.as_tensor(i, dtype=torch.int64) for i in pair) for pair in row] for row in pairs]
 
     def costs(self, class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor) -> Tensor:
-        """Of one image: (T, Q, K+1), (T, Q, h, w), (N,), (N, H, W) float -> (T, Q, N). Each of the T
+        """Of one image: (T, Q, K+1), (T, Q, h, w), (N,), (N, H, W) bool -> (T, Q, N). Each of the T
         predictions has points of its own."""
-        (T, Q), N = mask_logits.shape[:2], len(labels)
+        T = len(mask_logits)
         with torch.autocast(mask_logits.device.type, enabled=False):
             points = torch.rand(T, self.num_points, 2, device=mask_logits.device)
-            grid = 2 * points[:, None] - 1
-            x = F.grid_sample(mask_logits.float(), grid, align_corners=False)[:, :, 0]  # (T, Q, P)
-            t = F.grid_sample(masks.expand(T, -1, -1, -1), grid, align_corners=False)[:, :, 0]
-            t = t.transpose(1, 2)  # (T, P, N)
+            x = sample_together(mask_logits.float(), points)  # (T, P, Q)
+            index, shares = bilinear_taps(points, *masks.shape[1:])
+            t = (
+                (masks.flatten(1).T[index] * shares[..., None]).sum(2).transpose(1, 2)
+            )  # (T, P, 4, N) -> (T, N, P)
             # The class cost is -p, not -log p, as in DETR. The BCE of logit x and target t is
             # softplus(x) - x * t.
             cost_class = -class_logits.float().softmax(-1)[:, :, labels]
-            cost_mask = (F.softplus(x).sum(-1, keepdim=True) - x @ t) / self.num_points
-            p = x.sigmoid()
-            cost_dice = 1 - (2 * (p @ t) + 1) / (p.sum(-1, keepdim=True) + t.sum(1, keepdim=True) + 1)
+            cost_mask = (F.softplus(x).sum(1)[:, :, None] - (t @ x).transpose(1, 2)) / self.num_points
+            p = x.sigmoid_()
+            both = p.sum(1)[:, :, None] + t.sum(2)[:, None]
+            cost_dice = 1 - (2 * (t @ p).transpose(1, 2) + 1) / (both + 1)  # (T, Q, N)
         weight_class, weight_mask, weight_dice = self.weights
-        return (weight_class * cost_class + weight_mask * cost_mask + weight_dice * cost_dice).view(T, Q, N)
+        return weight_class * cost_class + weight_mask * cost_mask + weight_dice * cost_dice
 
 
 class SetCriterion(nn.Module):
@@ -150,8 +181,8 @@ class SetCriterion(nn.Module):
             masks = torch.cat([target["masks"] for target in targets])
             loss_ce = self.class_losses(class_logits, layer, image, query, labels)  # (T,)
             T = len(predictions)
-            chosen = (image * class_logits.shape[2] + query).split(layer.bincount(minlength=T).tolist())
-            mask_logits = [p["pred_masks"].flatten(0, 1)[rows] for p, rows in zip(predictions, chosen)]
+            chosen = torch.stack([image, query]).split(layer.bincount(minlength=T).tolist(), dim=1)
+            mask_logits = [p["pred_masks"][tuple(rows)] for p, rows in zip(predictions, chosen)]
             mask_losses = self.mask_losses(torch.cat(mask_logits).float(), masks, objects)  # (2, G)
             loss_mask, loss_dice = mask_losses.new_zeros(2, T).index_add(1, layer, mask_losses) / num_objects
 

@@ -15,6 +15,7 @@ levels, N queries of an attention."""
 
 import math
 import re
+import warnings
 
 import timm
 import torch
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 STRIDES = (4, 8, 16, 32)
 BACKBONES = {  # the paper's names, and the timm models with the paper's pretraining
     "resnet50": "resnet50.tv_in1k",
@@ -349,20 +351,128 @@ def ms_deform_attn(value: Tensor, spatial_shapes, sampling_locations: Tensor, at
     outside counts as zero.
     attention_weights: (B, N, M, L, P).
     Returns (B, N, M * D)."""
-    B, S, M, D = value.shape
-    N, L = sampling_locations.shape[1], len(spatial_shapes)
-    if sum(H * W for H, W in spatial_shapes) != S:
-        raise ValueError(f"value has {S} positions, spatial_shapes {list(spatial_shapes)} do not")
-    grid = (2 * sampling_locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B * M, N, P, 2)
-    weights = attention_weights.permute(3, 0, 2, 1, 4).reshape(L, B * M, 1, N, -1)
-    values = value.permute(0, 2, 3, 1).flatten(0, 1).split([H * W for H, W in spatial_shapes], dim=-1)
-    output = 0
-    for level, (H, W) in enumerate(spatial_shapes):
-        samples = F.grid_sample(
-            values[level].unflatten(-1, (H, W)).to(grid.dtype), grid[level], align_corners=False
+    if sum(H * W for H, W in spatial_shapes) != value.shape[1]:
+        raise ValueError(
+            f"value has {value.shape[1]} positions, spatial_shapes {list(spatial_shapes)} do not"
         )
-        output = output + (samples * weights[level]).sum(-1)  # (B * M, D, N, P) -> (B * M, D, N)
-    return output.view(B, M * D, N).transpose(1, 2)
+    value = value.to(sampling_locations.dtype)
+    return DeformableSum.apply(value, sampling_locations, attention_weights, spatial_shapes)
+
+
+class DeformableSum(torch.autograd.Function):
+    """`ms_deform_attn` as the product of a sparse matrix with the value: a row of it is a query and a head,
+    a column a position of a level and a head, and every sample puts four bilinear weights into its row. The
+    matrix is made again for the backward pass, so that nothing is kept but the arguments."""
+
+    @staticmethod
+    def forward(ctx, value, locations, weights, spatial_shapes):
+        ctx.save_for_backward(value, locations, weights)
+        ctx.canvas = canvas = Canvas(spatial_shapes, value.shape[2])
+        outputs = []
+        for v, where, a in zip(value, locations, weights):  # an image's part fits the cache
+            rows = canvas.draw(v)
+            index, x, y, _ = canvas.corners(where)
+            shares = bilinear(a.reshape(index.shape), x, y)
+            parts = (
+                F.embedding_bag(index, rows[shift:], per_sample_weights=share, mode="sum")
+                for shift, share in zip(canvas.shifts, shares)
+            )
+            outputs.append(sum(parts).view(len(where), -1))  # (N * M, D) -> (N, M * D)
+        return torch.stack(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        canvas, grads = ctx.canvas, []
+        for v, where, weights, grad in zip(*ctx.saved_tensors, grad_output):
+            rows, grad = canvas.draw(v), grad.reshape(-1, v.shape[-1])  # (N * M, D)
+            index, x, y, per_location = canvas.corners(where)
+            a = weights.reshape(index.shape)
+            # By the four entries of each sample: the output's gradient times the corner's row.
+            g00, g10, g01, g11 = (products(grad, index, rows[shift:]) for shift in canvas.shifts)
+            upper, lower = g00.lerp(g10, x), g01.lerp(g11, x)
+            grad_weights = upper.lerp(lower, y)
+            grad_x, grad_y = a * (g10 - g00).lerp(g11 - g01, y), a * (lower - upper)
+            grad_where = torch.stack([grad_x, grad_y], dim=-1).view_as(per_location) * per_location
+            # The transposed product: a position sums over the samples with their upper left corner there.
+            positions, order = index.flatten().sort()
+            bags, first = (order // index.shape[1]).int(), torch.arange(len(rows), device=rows.device).int()
+            first = torch.searchsorted(positions, first, out_int32=True)
+            grad_rows = torch.zeros_like(rows)
+            for shift, share in zip(canvas.shifts, bilinear(a, x, y)):
+                share = share.flatten().index_select(0, order)
+                part = F.embedding_bag(bags, grad, first, per_sample_weights=share, mode="sum")
+                grad_rows[shift:] += part[: len(rows) - shift]
+            grads.append((canvas.cut(grad_rows), grad_where.view_as(where), grad_weights.view_as(weights)))
+        return *map(torch.stack, zip(*grads)), None
+
+
+class Canvas:
+    """The levels of an image below one another, each within a border of zeros: what lies outside of a level
+    reads them, and the four corners of a sample lie `shifts` rows apart wherever it is. A row is a position
+    and a head, (D,)."""
+
+    def __init__(self, spatial_shapes, M):
+        self.spatial_shapes, self.M = [tuple(shape) for shape in spatial_shapes], M
+        self.width = 2 + max(W for H, W in self.spatial_shapes)
+        self.shifts = 0, M, self.width * M, (self.width + 1) * M
+
+    def draw(self, value: Tensor) -> Tensor:  # (S, M, D) -> (rows, D)
+        parts = value.flatten(1).split([H * W for H, W in self.spatial_shapes])
+        parts = [
+            F.pad(part.view(H, W, -1), (0, 0, 1, self.width - W - 1, 1, 1))
+            for part, (H, W) in zip(parts, self.spatial_shapes)
+        ]
+        return torch.cat(parts).view(-1, value.shape[2])
+
+    def cut(self, rows: Tensor) -> Tensor:  # (rows, D) -> (S, M, D)
+        lines = rows.view(-1, self.width, self.M, rows.shape[1])
+        parts = lines.split([H + 2 for H, W in self.spatial_shapes])
+        return torch.cat([p[1:-1, 1 : W + 1].flatten(0, 1) for p, (H, W) in zip(parts, self.spatial_shapes)])
+
+    def corners(self, locations: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(N, M, L, P, 2) -> the row of each sample's upper left corner, (N * M, L * P) int32; how far the
+        sample is from there in x and in y, in [0, 1], likewise; and the derivative of the last two by the
+        locations, (N, M * L * P * 2)."""
+        N, M, L, P = locations.shape[:4]
+        device = locations.device
+        starts, top = [], 1
+        for H, _ in self.spatial_shapes:
+            starts.append((top * self.width + 1) * M)
+            top += H + 2
+        heads = torch.arange(M, dtype=torch.int32, device=device)[:, None, None]
+        starts = heads + torch.tensor(starts, dtype=torch.int32, device=device)[:, None]  # (M, L, 1)
+        sizes = torch.tensor([(W, H) for H, W in self.spatial_shapes]).to(locations)
+        sizes = sizes[:, None].expand(M, L, P, 2).reshape(-1)
+
+        pixels = locations.reshape(N, -1) * sizes - 0.5
+        inside = pixels.clamp(torch.full_like(sizes, -1), sizes).nan_to_num(-1)  # beyond there is only zero
+        per_location = torch.where(inside == pixels, sizes, 0)
+        corner = inside.floor().minimum(sizes - 1)
+        x, y = (inside - corner).view(-1, L * P, 2).unbind(-1)
+        column, line = corner.int().view(N, -1, 2).unbind(-1)
+        index = line * (self.width * M) + column * M + starts.expand(M, L, P).reshape(-1)
+        return index.view(-1, L * P), x.contiguous(), y.contiguous(), per_location
+
+
+def bilinear(weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Each weight, divided among the corners (0, 0), (1, 0), (0, 1), (1, 1) of a pixel in which the sample
+    is at (x, y)."""
+    right, lower = weights * x, weights * y
+    lower_right = right * y
+    upper_right = right - lower_right
+    return weights - lower - upper_right, upper_right, lower - lower_right, lower_right
+
+
+def products(left: Tensor, index: Tensor, right: Tensor) -> Tensor:
+    """(n, D), (n, k) rows of right, (m, D) -> (n, k): the dot products left[i] @ right[index[i, j]]."""
+    if left.device.type != "cpu":
+        return (F.embedding(index, right) * left[:, None]).sum(-1)
+    n, k = index.shape
+    first = torch.arange(0, n * k + 1, k, dtype=torch.int32)
+    zeros, size = left.new_zeros(n * k), (n, len(right))
+    wanted = torch.sparse_csr_tensor(first, index.flatten(), zeros, size, check_invariants=False)
+    return torch.sparse.sampled_addmm(wanted, left, right.T, beta=0).values().view(n, k)
 
 
 def pixel_centres(H: int, W: int, device=None, dtype=None) -> Tensor:
@@ -451,7 +561,8 @@ class TransformerDecoder(nn.Module):
         mask_embed = self.mask_head(queries)
         return {
             "pred_logits": self.class_head(queries),
-            "pred_masks": torch.einsum("bqc,bchw->bqhw", mask_embed, mask_features),
+            # Channels last in memory, as the matcher wants to read them.
+            "pred_masks": torch.einsum("bqc,bchw->bhwq", mask_embed, mask_features).permute(0, 3, 1, 2),
         }
 
 

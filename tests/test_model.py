@@ -77,6 +77,50 @@ def test_deformable_attention_has_the_right_gradients():
     assert torch.autograd.gradcheck(lambda v, x, w: ms_deform_attn(v, SHAPES, x, w), inputs)
 
 
+@pytest.mark.parametrize("spread", [0.3, 3.0, 1e6])
+def test_deformable_attention_and_its_gradients_equal_the_plain_form_of_other_code(spread):
+    """Also where nearly all samples are outside; edges between pixels are met by chance alone."""
+    from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
+
+    value, locations, weights = attention_inputs(B=3, N=50, M=4, D=8, P=4)
+    inputs = value, 0.5 + spread * (locations - 0.5), weights
+    results = []
+    for attention in (ms_deform_attn, multi_scale_deformable_attention):
+        value, locations, weights = (tensor.clone().requires_grad_() for tensor in inputs)
+        output = attention(value, SHAPES, locations, weights)
+        output.square().sum().backward()
+        results.append([output, value.grad, locations.grad, weights.grad])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(
+            ours, theirs, atol=1e-10 * max(1.0, float(theirs.detach().abs().max())), rtol=1e-9
+        )
+
+
+def test_deformable_attention_keeps_no_samples_for_the_backward_pass():
+    inputs = [tensor.requires_grad_() for tensor in attention_inputs()]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ms_deform_attn(inputs[0], SHAPES, *inputs[1:])
+    assert sum(t.numel() for t in kept) <= sum(t.numel() for t in inputs)
+
+
+def test_deformable_attention_of_locations_that_are_not_numbers_is_zero():
+    value, locations, weights = attention_inputs()
+    locations[0, 1], locations[0, 2] = math.nan, math.inf
+    output = ms_deform_attn(value, SHAPES, locations, weights)
+    assert (output[0, 1:3] == 0).all() and output.isfinite().all()
+
+
+def test_products_of_rows_are_the_same_with_and_without_sparse_matrices():
+    left, right, index = (
+        torch.randn(7, 5),
+        torch.randn(20, 5),
+        torch.randint(0, 20, (7, 3), dtype=torch.int32),
+    )
+    expected = (right[index.long()] * left[:, None]).sum(-1)
+    torch.testing.assert_close(model.products(left, index, right), expected)
+
+
 def test_deformable_attention_refuses_shapes_that_do_not_fit_the_value():
     value, locations, weights = attention_inputs()
     with pytest.raises(ValueError, match="positions"):

@@ -1,0 +1,106 @@
+"""Matching and losses, forward and backward, of ours beside Hugging Face's Mask2Former on the same outputs
+and targets, in turn in one process.
+
+    python bench/criterion.py                      # 512 x 512, 2 images, 7 objects each
+    python bench/criterion.py --objects 100
+
+It prints medians in seconds and their ratio."""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from step import CLASSES, make_batch
+
+import engine
+from matcher import SetCriterion
+
+
+def hugging_face(num_points):
+    from transformers import Mask2FormerConfig
+    from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
+
+    config = Mask2FormerConfig(num_labels=CLASSES, train_num_points=num_points)
+    weights = {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}
+    criterion = Mask2FormerLoss(config, weights)
+
+    def loss(outputs, targets):
+        masks, labels = [t["masks"].float() for t in targets], [t["labels"] for t in targets]
+        aux = [
+            {"class_queries_logits": a["pred_logits"], "masks_queries_logits": a["pred_masks"]}
+            for a in outputs["aux_outputs"]
+        ]
+        losses = criterion(outputs["pred_masks"], outputs["pred_logits"], masks, labels, aux)
+        return sum(
+            value * next(w for key, w in weights.items() if key in name) for name, value in losses.items()
+        )
+
+    return loss
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--objects", type=int, default=7)
+    parser.add_argument("--queries", type=int, default=100)
+    parser.add_argument("--points", type=int, default=12544)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.threads)
+    torch.manual_seed(0)
+    engine.keep_freed_memory()  # for both
+    _, targets = make_batch(flags.size, flags.batch, flags.objects)
+    side = flags.size // 4
+    predictions = [
+        {
+            "pred_logits": torch.randn(flags.batch, flags.queries, CLASSES + 1).requires_grad_(),
+            "pred_masks": (3 * torch.randn(flags.batch, flags.queries, side, side)).requires_grad_(),
+        }
+        for _ in range(10)
+    ]
+    theirs = {**predictions[-1], "aux_outputs": predictions[:-1]}
+    last = [  # our model returns them channels last
+        {**p, "pred_masks": p["pred_masks"].detach().to(memory_format=torch.channels_last).requires_grad_()}
+        for p in predictions
+    ]
+    ours = {**last[-1], "aux_outputs": last[:-1]}
+    criterion, peer = SetCriterion(CLASSES, num_points=flags.points), hugging_face(flags.points)
+    sides = {
+        "ours": lambda: sum(criterion(ours, targets).values()),
+        "theirs": lambda: peer(theirs, targets),
+    }
+    inputs = {
+        name: [tensor for prediction in outputs for tensor in prediction.values()]
+        for name, outputs in (("ours", last), ("theirs", predictions))
+    }
+    seconds = {name: [] for name in sides}
+    for _ in range(flags.rounds + 1):
+        for name, loss in sides.items():
+            start = time.perf_counter()
+            value = loss()
+            middle = time.perf_counter()
+            torch.autograd.grad(value, inputs[name])
+            seconds[name].append((middle - start, time.perf_counter() - middle))
+    print(f"{flags.batch} images of {flags.size} x {flags.size}, {flags.objects} objects each")
+    print(f"{flags.queries} queries, {flags.points} points, 10 predictions")
+    print(f"{flags.threads} threads, torch {torch.__version__}\n")
+    print(f"{'seconds':10}{'forward':>10}{'backward':>10}{'both':>10}")
+    rows = {}
+    for name, values in seconds.items():
+        values = values[1:]  # the first warms up
+        rows[name] = [statistics.median(v) for v in (*zip(*values), [sum(v) for v in values])]
+        print(f"{name:10}" + "".join(f"{value:10.3f}" for value in rows[name]))
+    print(f"{'ratio':10}" + "".join(f"{a / b:10.2f}" for a, b in zip(rows["ours"], rows["theirs"])))
+
+
+if __name__ == "__main__":
+    main()
