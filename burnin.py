@@ -207,9 +207,10 @@ def pseudo_labels(outputs: dict, score_threshold: float = 0.7, min_area: int = 5
     masks = outputs["pred_masks"] > 0  # sigmoid above 0.5
     no_object = outputs["pred_logits"].shape[-1] - 1
     keep = (labels != no_object) & (scores > score_threshold) & (masks.sum((2, 3)) > min_area)
+    queries = [kept.nonzero()[:, 0].to(masks.device, non_blocking=True) for kept in keep.cpu()]
     return [
         {"labels": labels[b, kept], "masks": masks[b, kept], "scores": scores[b, kept]}
-        for b, kept in enumerate(keep)
+        for b, kept in enumerate(queries)
     ]
 
 
@@ -226,23 +227,25 @@ def guided_step(
     """The losses of a step in phases 2 and 3: on labelled images against their labels, on unlabelled ones
     against the teacher's pseudo-labels. The teacher sees the weak view, the student the strong view of the
     same crop. Returns both dictionaries and the pseudo-labels."""
-    with torch.no_grad(), autocast(device):
+    with torch.inference_mode(), autocast(device):
         guidance = teacher(images(unlabelled, "image", device))
     targets = pseudo_labels(guidance, cfg.score_threshold, cfg.min_area)
 
     with autocast(device):  # one pass for both; only --norm batch mixes them, in its statistics
         views = torch.cat([images(labelled, "image", device), images(unlabelled, "strong", device)])
         outputs = student(views)
-    on_labelled, on_unlabelled = split(outputs, len(labelled))
-    losses = set_losses(criterion, on_labelled, to_device(labelled, device))
-    guided_losses = set_losses(criterion, on_unlabelled, targets)
+    n, labels = len(labelled), to_device(labelled, device)
+    pairs = criterion.match(outputs, labels + targets)  # for both: a GPU is waited for once
+    on_labelled, on_unlabelled = split(outputs, n)
+    losses = set_losses(criterion, on_labelled, labels, [row[:n] for row in pairs])
+    guided_losses = set_losses(criterion, on_unlabelled, targets, [row[n:] for row in pairs])
     return losses, guided_losses, targets
 
 
-def set_losses(criterion, outputs, targets) -> dict:
+def set_losses(criterion, outputs, targets, pairs=None) -> dict:
     """The criterion's losses, normalised by the mean number of objects over processes."""
     count = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=outputs["pred_logits"].device)
-    return criterion(outputs, targets, num_objects=engine.mean_over_processes(count).item())
+    return criterion(outputs, targets, num_objects=engine.mean_over_processes(count), pairs=pairs)
 
 
 def split(outputs: dict, first: int) -> tuple[dict, dict]:

@@ -128,6 +128,10 @@ class HungarianMatcher(nn.Module):
         return weight_class * cost_class + weight_mask * cost_mask + weight_dice * cost_dice
 
 
+def all_predictions(outputs: dict) -> list[dict]:
+    return [*outputs.get("aux_outputs", []), outputs]
+
+
 class SetCriterion(nn.Module):
     """Mask2Former's loss: classification of every query, BCE and dice of the matched masks, for every
     prediction.
@@ -159,10 +163,13 @@ class SetCriterion(nn.Module):
         class_weights[num_classes] = no_object_weight
         self.register_buffer("class_weights", class_weights, persistent=False)
 
-    def forward(self, outputs: dict, targets: list[dict], num_objects: float | None = None) -> dict:
+    def forward(
+        self, outputs: dict, targets: list[dict], num_objects=None, pairs: list | None = None
+    ) -> dict:
         """outputs: as `Mask2Former` returns them; targets: as for the matcher; num_objects: what the mask
         losses are divided by, by default the objects of this batch. With several processes, pass the mean
-        over processes. At least 1 is used.
+        over processes, a number or a tensor of one. At least 1 is used. pairs: what `match` has found, if it
+        has been asked already.
 
         Returns every loss times its weight, so that their sum is what is minimised: "loss_ce", "loss_mask",
         "loss_dice" of the last prediction, and with suffix _0, _1, ... those of aux_outputs. Images without
@@ -170,18 +177,21 @@ class SetCriterion(nn.Module):
         for target in targets:
             if len(target["labels"]) != len(target["masks"]):
                 raise ValueError(f"{len(target['labels'])} labels for {len(target['masks'])} masks")
-        predictions = [*outputs.get("aux_outputs", []), outputs]
+        predictions = all_predictions(outputs)
         class_logits = torch.stack([prediction["pred_logits"] for prediction in predictions]).float()
-        pairs = self.matcher.match(predictions, targets)
-        num_objects = max(sum(len(t["labels"]) for t in targets) if num_objects is None else num_objects, 1.0)
+        pairs = pairs or self.match(outputs, targets)
+        num_objects = sum(len(t["labels"]) for t in targets) if num_objects is None else num_objects
+        num_objects = torch.as_tensor(num_objects).clamp(min=1)
 
         with torch.autocast(class_logits.device.type, enabled=False):
-            layer, image, query, objects = self.matched(pairs, targets, class_logits.device)
+            matched = self.matched(pairs, targets)
+            numbers = matched[0].bincount(minlength=len(predictions)).tolist()
+            layer, image, query, objects = matched.to(class_logits.device, non_blocking=True)
             labels = torch.cat([target["labels"] for target in targets])[objects]
             masks = torch.cat([target["masks"] for target in targets])
             loss_ce = self.class_losses(class_logits, layer, image, query, labels)  # (T,)
             T = len(predictions)
-            chosen = torch.stack([image, query]).split(layer.bincount(minlength=T).tolist(), dim=1)
+            chosen = torch.stack([image, query]).split(numbers, dim=1)
             mask_logits = [p["pred_masks"][tuple(rows)] for p, rows in zip(predictions, chosen)]
             mask_losses = self.mask_losses(torch.cat(mask_logits).float(), masks, objects)  # (2, G)
             loss_mask, loss_dice = mask_losses.new_zeros(2, T).index_add(1, layer, mask_losses) / num_objects
@@ -190,15 +200,21 @@ class SetCriterion(nn.Module):
         losses = zip(("loss_ce", "loss_mask", "loss_dice"), self.weights, (loss_ce, loss_mask, loss_dice))
         return {f"{key}{name}": w * loss[t] for key, w, loss in losses for t, name in enumerate(names)}
 
-    def matched(self, pairs, targets, device):
-        """Per matched pair its prediction, image, query, and object, counted over the batch: each (G,)."""
-        rows = [(t, b, query, target) for t, row in enumerate(pairs) for b, (query, target) in enumerate(row)]
-        layer = torch.cat([torch.full_like(query, t) for t, _, query, _ in rows]).to(device)
-        image = torch.cat([torch.full_like(query, b) for _, b, query, _ in rows]).to(device)
-        query = torch.cat([query for _, _, query, _ in rows]).to(device)
+    def matched(self, pairs, targets) -> Tensor:
+        """(4, G) on the CPU: per matched pair its prediction, image, query, and object, counted over the
+        batch."""
         starts = torch.tensor([0] + [len(target["labels"]) for target in targets]).cumsum(0)
-        objects = torch.cat([target + starts[b] for _, b, _, target in rows]).to(device)
-        return layer, image, query, objects
+        parts = [
+            torch.stack([torch.full_like(query, t), torch.full_like(query, b), query, target + starts[b]])
+            for t, row in enumerate(pairs)
+            for b, (query, target) in enumerate(row)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def match(self, outputs: dict, targets: list[dict]) -> list[list]:
+        """The pairs of every prediction and image, with one copy to the CPU: the only time a GPU is waited
+        for."""
+        return self.matcher.match(all_predictions(outputs), targets)
 
     def class_losses(self, class_logits, layer, image, query, labels):
         """(T,): cross-entropy over all queries of a prediction, weighted by class."""

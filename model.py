@@ -23,6 +23,11 @@ import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
+try:  # a faster ms_deform_attn for GPUs
+    from deform_attn_triton import ms_deform_attn as triton_attention
+except ImportError:  # no such file beside this one, or no Triton
+    triton_attention = None
+
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
 STRIDES = (4, 8, 16, 32)
 BACKBONES = {  # the paper's names, and the timm models with the paper's pretraining
@@ -355,6 +360,8 @@ def ms_deform_attn(value: Tensor, spatial_shapes, sampling_locations: Tensor, at
         raise ValueError(
             f"value has {value.shape[1]} positions, spatial_shapes {list(spatial_shapes)} do not"
         )
+    if triton_attention and value.is_cuda and torch.cuda.get_device_capability(value.device) >= (8, 0):
+        return triton_attention(value, spatial_shapes, sampling_locations, attention_weights)
     value = value.to(sampling_locations.dtype)
     return DeformableSum.apply(value, sampling_locations, attention_weights, spatial_shapes)
 

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from burnin import guided_step, pseudo_labels, set_losses, split, supervised_step
 from distill import ema_update
@@ -200,11 +202,62 @@ def test_the_guided_step_is_the_supervised_loss_and_the_loss_against_pseudo_labe
         student, step.teacher, step.criterion, step.labelled, step.unlabelled, step.cfg, CPU
     )
     torch.manual_seed(5)
-    expected = supervised_step(student, step.criterion, step.labelled, CPU)
-    guided_expected = step.criterion(student(strong), step.targets)
+    outputs = student(torch.stack([item["image"] for item in step.labelled])), student(strong)
+    pairs = [step.criterion.match(*both) for both in zip(outputs, (step.labelled, step.targets))]
+    expected = step.criterion(outputs[0], step.labelled, pairs=pairs[0])
+    guided_expected = step.criterion(outputs[1], step.targets, pairs=pairs[1])
     for name in losses:
         torch.testing.assert_close(losses[name], expected[name], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(guided_losses[name], guided_expected[name], rtol=1e-4, atol=1e-4)
+
+
+class HostReads(TorchFunctionMode):
+    """Counts what would make a program wait for its GPU: reading a tensor that is not known to be on the
+    host. Known are tensors made without a device and by .cpu(), and what follows from these alone."""
+
+    READS = ("cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self):
+        super().__init__()
+        self.host, self.reads = {}, []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        on_host = all(id(t) in self.host for t in tensors) and kwargs.get("device") is None
+        by_mask = name in ("__getitem__", "__setitem__") and any(
+            t.dtype == torch.bool for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor)
+        )
+        if tensors and not on_host and (name in self.READS or by_mask):
+            self.reads.append(name)
+        result = function(*args, **kwargs)
+        if name == "cpu":
+            result = result.clone()  # on a CPU it was the same tensor
+        if name == "cpu" or (on_host and name != "to"):
+            self.host |= {id(t): t for t in tree_leaves(result) if isinstance(t, torch.Tensor)}
+        return result
+
+
+def test_a_guided_step_waits_for_a_gpu_twice(step):
+    """For the pseudo-labels, whose number is needed, and for all matching of the step."""
+    with HostReads() as host:
+        guided_step(step.student, step.teacher, step.criterion, step.labelled, step.unlabelled, step.cfg, CPU)
+    assert host.reads == ["cpu", "cpu"]
+
+
+def test_a_supervised_step_waits_for_a_gpu_once(step):
+    with HostReads() as host:
+        losses = supervised_step(step.student, step.criterion, step.labelled, CPU)
+        sum(losses.values()).backward()
+    assert host.reads == ["cpu"]
+
+
+def test_what_waits_for_a_gpu_is_counted():
+    mask, values = torch.ones(3, device=CPU) > 0, torch.ones(3, device=CPU)
+    with HostReads() as host:
+        values[mask], values.sum().item(), values.cpu().sum().item(), bool(values.sum() > 0)
+        assert not values.cpu().sum() < 0
+    assert host.reads == ["__getitem__", "item", "cpu", "__bool__", "cpu"]
 
 
 def test_a_teacher_that_is_sure_of_nothing_guides_to_no_mask(step):

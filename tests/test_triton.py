@@ -1,0 +1,59 @@
+"""The Triton kernels of deformable attention, in Triton's interpreter, against the plain operator."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no build for this system")
+ROOT = Path(__file__).parent.parent
+
+CASES = {  # B, N, M, D, P, shapes, spread of the locations around the middle, value's type
+    "a layer of the model": (1, 84, 2, 32, 4, [(2, 2), (4, 4), (8, 8)], 1.0, "float32"),
+    "odd sizes": (2, 35, 2, 12, 3, [(3, 5), (4, 2), (1, 6)], 1.2, "float32"),
+    "one of everything": (1, 1, 1, 1, 1, [(1, 1)], 1.0, "float32"),
+    "mostly outside": (1, 33, 2, 16, 2, [(3, 5), (4, 2)], 6.0, "float32"),
+    "half precision": (1, 40, 2, 32, 4, [(3, 5), (4, 2), (1, 6)], 1.1, "bfloat16"),
+}
+# In a process of its own: the interpreter is chosen when Triton is imported.
+SCRIPT = """
+import json, sys
+import torch
+import deform_attn_triton, model
+
+torch.manual_seed(0)
+B, N, M, D, P, shapes, spread, dtype = json.loads(sys.argv[1])
+L, S = len(shapes), sum(H * W for H, W in shapes)
+value = torch.randn(B, S, M, D, dtype=getattr(torch, dtype))
+locations = 0.5 + spread * (torch.rand(B, N, M, L, P, 2) - 0.5)
+weights = torch.randn(B, N, M, L * P).softmax(-1).view(B, N, M, L, P)
+grad = torch.randn(B, N, M * D)
+results = []
+for attention in (deform_attn_triton.ms_deform_attn, model.ms_deform_attn):
+    inputs = [tensor.clone().requires_grad_() for tensor in (value, locations, weights)]
+    output = attention(inputs[0], shapes, *inputs[1:])
+    output.backward(grad.to(output.dtype))
+    results.append([output, *(tensor.grad for tensor in inputs)])
+tolerance = 1e-5 if dtype == "float32" else 2e-2
+for name, ours, plain in zip(("output", "value", "locations", "weights"), *results):
+    error = (ours.float() - plain.float()).abs().max() / plain.float().abs().max().clamp(min=1e-3)
+    assert error < tolerance, (name, error)
+assert results[0][0].dtype == value.dtype and results[0][1].dtype == value.dtype
+if N == 1:  # slow
+    torch.library.opcheck(deform_attn_triton.ms_deform_attn_op, (*inputs, [s for hw in shapes for s in hw]))
+locations = locations.detach().clone()
+locations[0, 0] = float("nan")
+assert (deform_attn_triton.ms_deform_attn(value, shapes, locations, weights)[0, 0] == 0).all()
+print("same")
+"""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernels_equal_the_plain_operator(case):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(CASES[case])]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.endswith("same\n"), result.stderr[-2000:]
