@@ -64,10 +64,10 @@ def _forward(
         )
         weight = tl.load(weights + place, mask=inside, other=0.0).to(tl.float32)
         for corner in tl.static_range(4):
-            right: tl.constexpr = corner % 2
-            lower: tl.constexpr = corner // 2
-            at, exists = _corner(column + right, row + lower, W, H, start, image, head, inside, S, M, D)
-            share = (x if right else 1 - x) * (y if lower else 1 - y)
+            at, exists = _corner(
+                column + corner % 2, row + corner // 2, W, H, start, image, head, inside, S, M, D
+            )
+            share = (x if corner % 2 == 1 else 1 - x) * (y if corner >= 2 else 1 - y)
             mask = exists[:, None] & (channel < D)[None]
             pixel = tl.load(value + at[:, None] + channel[None], mask=mask, other=0.0).to(tl.float32)
             total += (weight * share)[:, None] * pixel
@@ -98,16 +98,17 @@ def _backward(
         by_x = tl.zeros((BLOCK,), tl.float32)
         by_y = tl.zeros((BLOCK,), tl.float32)
         for corner in tl.static_range(4):
-            right: tl.constexpr = corner % 2
-            lower: tl.constexpr = corner // 2
-            at, exists = _corner(column + right, row + lower, W, H, start, image, head, inside, S, M, D)
-            share_x, share_y = x if right else 1 - x, y if lower else 1 - y
+            at, exists = _corner(
+                column + corner % 2, row + corner // 2, W, H, start, image, head, inside, S, M, D
+            )
+            share_x = x if corner % 2 == 1 else 1 - x
+            share_y = y if corner >= 2 else 1 - y
             mask = exists[:, None] & (channel < D)[None]
             pixel = tl.load(value + at[:, None] + channel[None], mask=mask, other=0.0).to(tl.float32)
             product = tl.sum(pixel * grad, axis=1)
             by_weight += share_x * share_y * product
-            by_x += (share_y if right else -share_y) * product
-            by_y += (share_x if lower else -share_x) * product
+            by_x += (share_y if corner % 2 == 1 else -share_y) * product
+            by_y += (share_x if corner >= 2 else -share_x) * product
             add = (weight * share_x * share_y)[:, None] * grad
             tl.atomic_add(grad_value + at[:, None] + channel[None], add, mask=mask, sem="relaxed")
         tl.store(grad_weights + place, by_weight, mask=inside)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +58,34 @@ def test_the_kernels_equal_the_plain_operator(case):
     command = [sys.executable, "-c", SCRIPT, json.dumps(CASES[case])]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.endswith("same\n"), result.stderr[-2000:]
+
+
+COMPILE = """
+import sys
+import deform_attn_triton
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+constants = dict(M=8, D=32, L=3, P=4, LANES=32, BLOCK=deform_attn_triton.BLOCK)
+types = dict.fromkeys(constants, "constexpr") | dict.fromkeys(("S", "N"), "i32")
+types |= dict.fromkeys(("level_sizes", "level_starts"), "*i32")
+types |= dict.fromkeys(("value", "output", "grad_output"), sys.argv[1])
+for kernel in (deform_attn_triton._forward, deform_attn_triton._backward):
+    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constexprs=constants)
+    assert compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
+print("compiled")
+"""
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="Triton's assembler for GPUs is in its x86-64 build"
+)
+@pytest.mark.parametrize("value", ["*fp32", "*bf16"])
+def test_the_kernels_compile_for_a_gpu(value, tmp_path):
+    """The interpreter takes more of Python than the compiler does."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE, value]
+    result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.endswith("compiled\n"), result.stderr[-2000:]
