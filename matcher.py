@@ -42,8 +42,8 @@ def sample_together(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def bilinear_taps(points: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
-    """points (..., 2) on a map of H x W pixels -> the four pixels around each, counted row by row, and their
-    bilinear shares, zero for what is outside: both (..., 4)."""
+    """points (..., 2) in [0, 1] on a map of H x W pixels -> the four pixels around each, counted row by row,
+    and their bilinear shares, zero for those outside the map: both (..., 4)."""
     pixels = points * torch.tensor([W, H], device=points.device) - 0.5
     corner = pixels.floor()
     (x, y), (left, upper) = (pixels - corner).unbind(-1), corner.int().unbind(-1)
@@ -114,9 +114,8 @@ class HungarianMatcher(nn.Module):
             points = torch.rand(T, self.num_points, 2, device=mask_logits.device)
             x = sample_together(mask_logits.float(), points)  # (T, P, Q)
             index, shares = bilinear_taps(points, *masks.shape[1:])
-            t = (
-                (masks.flatten(1).T[index] * shares[..., None]).sum(2).transpose(1, 2)
-            )  # (T, P, 4, N) -> (T, N, P)
+            t = masks.flatten(1).T[index] * shares[..., None]  # (T, P, 4, N)
+            t = t.sum(2).transpose(1, 2)  # (T, N, P)
             # The class cost is -p, not -log p, as in DETR. The BCE of logit x and target t is
             # softplus(x) - x * t.
             cost_class = -class_logits.float().softmax(-1)[:, :, labels]

@@ -122,7 +122,12 @@ def guided(folder, images, targets):
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     teacher._forward_hooks.clear()
     criterion, optimizer = SetCriterion(CLASSES), engine.make_optimizer(student, 1e-4, 0.05, 0.1)
-    cfg = SimpleNamespace(score_threshold=0.02, min_area=5)  # an untrained teacher is sure of little
+    # An untrained teacher is sure of little: the threshold leaves as many pseudo-labels as there are objects.
+    with torch.no_grad():
+        scores, labels = teacher(images)["pred_logits"].softmax(-1).max(-1)
+    sure = scores[labels < CLASSES].sort(descending=True).values
+    count = sum(len(target["labels"]) for target in targets)
+    cfg = SimpleNamespace(score_threshold=float(sure[:count][-1]) - 1e-6, min_area=5)
     labelled = [{"image": image, **target} for image, target in zip(images, targets)]
     unlabelled = [{"image": image, "strong": image} for image in images.flip(0)]
 
