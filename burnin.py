@@ -235,7 +235,7 @@ def guided_step(
         views = torch.cat([images(labelled, "image", device), images(unlabelled, "strong", device)])
         outputs = student(views)
     n, labels = len(labelled), to_device(labelled, device)
-    pairs = criterion.match(outputs, labels + targets)  # for both: a GPU is waited for once
+    pairs = criterion.match(outputs, labels + targets)  # for both: one copy to the CPU
     on_labelled, on_unlabelled = split(outputs, n)
     losses = set_losses(criterion, on_labelled, labels, [row[:n] for row in pairs])
     guided_losses = set_losses(criterion, on_unlabelled, targets, [row[n:] for row in pairs])

@@ -211,8 +211,7 @@ class SetCriterion(nn.Module):
         return torch.cat(parts, dim=1)
 
     def match(self, outputs: dict, targets: list[dict]) -> list[list]:
-        """The pairs of every prediction and image, with one copy to the CPU: the only time a GPU is waited
-        for."""
+        """The pairs of every prediction and image, with one copy to the CPU, all that is read from a GPU."""
         return self.matcher.match(all_predictions(outputs), targets)
 
     def class_losses(self, class_logits, layer, image, query, labels):

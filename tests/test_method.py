@@ -212,8 +212,9 @@ def test_the_guided_step_is_the_supervised_loss_and_the_loss_against_pseudo_labe
 
 
 class HostReads(TorchFunctionMode):
-    """Counts what would make a program wait for its GPU: reading a tensor that is not known to be on the
-    host. Known are tensors made without a device and by .cpu(), and what follows from these alone."""
+    """Counts what would make a program wait for results of its GPU: reading a tensor that is not known to be
+    on the host. Known are tensors made without a device and by .cpu(), and what follows from these alone.
+    Copies to the GPU are not counted."""
 
     READS = ("cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
@@ -238,21 +239,21 @@ class HostReads(TorchFunctionMode):
         return result
 
 
-def test_a_guided_step_waits_for_a_gpu_twice(step):
+def test_a_guided_step_reads_from_a_gpu_twice(step):
     """For the pseudo-labels, whose number is needed, and for all matching of the step."""
     with HostReads() as host:
         guided_step(step.student, step.teacher, step.criterion, step.labelled, step.unlabelled, step.cfg, CPU)
     assert host.reads == ["cpu", "cpu"]
 
 
-def test_a_supervised_step_waits_for_a_gpu_once(step):
+def test_a_supervised_step_reads_from_a_gpu_once(step):
     with HostReads() as host:
         losses = supervised_step(step.student, step.criterion, step.labelled, CPU)
         sum(losses.values()).backward()
     assert host.reads == ["cpu"]
 
 
-def test_what_waits_for_a_gpu_is_counted():
+def test_what_reads_from_a_gpu_is_counted():
     mask, values = torch.ones(3, device=CPU) > 0, torch.ones(3, device=CPU)
     with HostReads() as host:
         values[mask], values.sum().item(), values.cpu().sum().item(), bool(values.sum() > 0)
