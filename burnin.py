@@ -36,7 +36,7 @@ from data import (
 from engine import Run, autocast, knob, say
 from evaluate import ap_line, check_classes, evaluate, is_cityscapes, load_model
 from matcher import SetCriterion
-from model import Mask2Former
+from model import Mask2Former, Prediction
 from weights import initialise, read_weights
 
 
@@ -252,9 +252,11 @@ def split(outputs: dict, first: int) -> tuple[dict, dict]:
     """The outputs of the first images of a batch, and of the others."""
     parts = []
     for part in (slice(None, first), slice(first, None)):
-        rows = {name: value[part] for name, value in outputs.items() if name != "aux_outputs"}
-        aux = [{name: value[part] for name, value in a.items()} for a in outputs["aux_outputs"]]
-        parts.append({**rows, "aux_outputs": aux})
+        rows = [
+            Prediction({name: value[part] for name, value in prediction.items() if name != "aux_outputs"})
+            for prediction in (outputs, *outputs["aux_outputs"])
+        ]
+        parts.append(Prediction(rows[0], aux_outputs=rows[1:]))
     return tuple(parts)
 
 

@@ -11,9 +11,9 @@ every decoder layer (deep supervision). This file needs torch and scipy and can 
 it runs in fp32, whatever autocast says. Where the paper is silent the numerics follow the official code
 (facebookresearch/Mask2Former at 9b0651c).
 
-Letters in shapes: B images, Q queries, K classes, N objects of one image, P points, H W pixels, h w = H/4
-W/4, T predictions (one a layer and one before them), G matched pairs over all predictions and images.
-Points are (x, y) in [0, 1]."""
+Letters in shapes: B images, C channels, Q queries, K classes, N objects of one image, P points, H W pixels,
+h w = H/4 W/4, T predictions (one a layer and one before them), G matched pairs over all predictions and
+images. Points are (x, y) in [0, 1]."""
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,9 @@ class HungarianMatcher(nn.Module):
     @torch.no_grad()
     def forward(self, outputs: dict, targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
         """outputs: "pred_logits" (B, Q, K+1), "pred_masks" (B, Q, h, w) logits. targets: per image "labels"
-        (N,) int64 in 0..K-1 and "masks" (N, H, W) bool, over the same area as pred_masks.
+        (N,) int64 in 0..K-1 and "masks" (N, H, W) bool, over the same area as pred_masks. In place of
+        "pred_masks" there may be "mask_embed" (B, Q, C) and "mask_features" (B, C, h, w), whose product it
+        is; the features are those of all predictions.
 
         Returns per image (query, target): two int64 tensors of length min(Q, N) on the CPU; query ascends.
         """
@@ -85,19 +87,27 @@ class HungarianMatcher(nn.Module):
     def match(self, predictions: list[dict], targets: list[dict]) -> list[list]:
         """The same for T predictions at once -> T lists of B pairs. All costs travel to the CPU in one
         copy."""
-        Q = predictions[0]["pred_logits"].shape[1]
+        Q, device = predictions[0]["pred_logits"].shape[1], predictions[0]["pred_logits"].device
         together = max(1, CACHED // (Q * self.num_points))  # predictions whose samples stay in the cache
+        features = predictions[0].get("mask_features")
+        if features is not None:
+            features = features.float().contiguous(memory_format=torch.channels_last)
         costs = []  # B times (T, Q, N)
         for b, target in enumerate(targets):
-            labels, parts = target["labels"], []
             masks = target["masks"].permute(1, 2, 0).contiguous().permute(2, 0, 1)  # pixel by pixel in memory
+            parts = []
             for first in range(0, len(predictions), together):
                 chunk = predictions[first : first + together]
-                class_logits, mask_logits = (
-                    [p[name][b] for p in chunk] for name in ("pred_logits", "pred_masks")
-                )
-                mask_logits = torch.stack(mask_logits) if len(chunk) > 1 else mask_logits[0][None]  # no copy
-                parts.append(self.costs(torch.stack(class_logits), mask_logits, labels, masks))
+                points = torch.rand(len(chunk), self.num_points, 2, device=device)
+                with torch.autocast(device.type, enabled=False):
+                    if features is None:
+                        x = sample_together(torch.stack([p["pred_masks"][b] for p in chunk]).float(), points)
+                    else:  # sampling and the product with the queries' embeddings commute
+                        x = sample_together(features[b, None], points.view(1, -1, 2))
+                        x = x.view(*points.shape[:2], -1)  # (T, P, C)
+                        x = x @ torch.stack([p["mask_embed"][b] for p in chunk]).float().mT
+                class_logits = torch.stack([p["pred_logits"][b] for p in chunk])
+                parts.append(self.costs(class_logits, x, target["labels"], masks, points))
             costs.append(torch.cat(parts))
         flat = torch.cat([cost.flatten() for cost in costs]).cpu()
         if not flat.isfinite().all():
@@ -106,23 +116,19 @@ class HungarianMatcher(nn.Module):
         pairs = [[linear_sum_assignment(cost[t].numpy()) for cost in costs] for t in range(len(predictions))]
         return [[tuple(torch.as_tensor(i, dtype=torch.int64) for i in pair) for pair in row] for row in pairs]
 
-    def costs(self, class_logits: Tensor, mask_logits: Tensor, labels: Tensor, masks: Tensor) -> Tensor:
-        """Of one image: (T, Q, K+1), (T, Q, h, w), (N,), (N, H, W) bool -> (T, Q, N). Each of the T
-        predictions has points of its own."""
-        T = len(mask_logits)
-        with torch.autocast(mask_logits.device.type, enabled=False):
-            points = torch.rand(T, self.num_points, 2, device=mask_logits.device)
-            x = sample_together(mask_logits.float(), points)  # (T, P, Q)
+    def costs(self, class_logits, x, labels, masks, points) -> Tensor:
+        """Of one image: class logits (T, Q, K+1), mask logits at points x (T, P, Q), labels (N,), masks
+        (N, H, W) bool, points (T, P, 2) -> (T, Q, N)."""
+        with torch.autocast(x.device.type, enabled=False):
             index, shares = bilinear_taps(points, *masks.shape[1:])
-            t = masks.flatten(1).T[index] * shares[..., None]  # (T, P, 4, N)
-            t = t.sum(2).transpose(1, 2)  # (T, N, P)
+            t = (masks.flatten(1).T[index] * shares[..., None]).sum(2).mT  # (T, P, 4, N) -> (T, N, P)
             # The class cost is -p, not -log p, as in DETR. The BCE of logit x and target t is
             # softplus(x) - x * t.
             cost_class = -class_logits.float().softmax(-1)[:, :, labels]
-            cost_mask = (F.softplus(x).sum(1)[:, :, None] - (t @ x).transpose(1, 2)) / self.num_points
+            cost_mask = (F.softplus(x).sum(1)[:, :, None] - (t @ x).mT) / self.num_points
             p = x.sigmoid_()
             both = p.sum(1)[:, :, None] + t.sum(2)[:, None]
-            cost_dice = 1 - (2 * (t @ p).transpose(1, 2) + 1) / (both + 1)  # (T, Q, N)
+            cost_dice = 1 - (2 * (t @ p).mT + 1) / (both + 1)  # (T, Q, N)
         weight_class, weight_mask, weight_dice = self.weights
         return weight_class * cost_class + weight_mask * cost_mask + weight_dice * cost_dice
 
@@ -183,16 +189,14 @@ class SetCriterion(nn.Module):
         num_objects = torch.as_tensor(num_objects).clamp(min=1)
 
         with torch.autocast(class_logits.device.type, enabled=False):
-            matched = self.matched(pairs, targets)
-            numbers = matched[0].bincount(minlength=len(predictions)).tolist()
-            layer, image, query, objects = matched.to(class_logits.device, non_blocking=True)
+            matched = self.matched(pairs, targets).to(class_logits.device, non_blocking=True)
+            layer, image, query, objects = matched
             labels = torch.cat([target["labels"] for target in targets])[objects]
             masks = torch.cat([target["masks"] for target in targets])
             loss_ce = self.class_losses(class_logits, layer, image, query, labels)  # (T,)
-            T = len(predictions)
-            chosen = torch.stack([image, query]).split(numbers, dim=1)
-            mask_logits = [p["pred_masks"][tuple(rows)] for p, rows in zip(predictions, chosen)]
-            mask_losses = self.mask_losses(torch.cat(mask_logits).float(), masks, objects)  # (2, G)
+            T, numbers = len(predictions), [[len(query) for query, _ in images] for images in zip(*pairs)]
+            mask_logits = self.matched_masks(predictions, query, numbers)
+            mask_losses = self.mask_losses(mask_logits, masks, objects)  # (2, G)
             loss_mask, loss_dice = mask_losses.new_zeros(2, T).index_add(1, layer, mask_losses) / num_objects
 
         names = [f"_{t}" for t in range(T - 1)] + [""]
@@ -201,14 +205,27 @@ class SetCriterion(nn.Module):
 
     def matched(self, pairs, targets) -> Tensor:
         """(4, G) on the CPU: per matched pair its prediction, image, query, and object, counted over the
-        batch."""
+        batch; image after image."""
         starts = torch.tensor([0] + [len(target["labels"]) for target in targets]).cumsum(0)
         parts = [
             torch.stack([torch.full_like(query, t), torch.full_like(query, b), query, target + starts[b]])
-            for t, row in enumerate(pairs)
-            for b, (query, target) in enumerate(row)
+            for b, images in enumerate(zip(*pairs))
+            for t, (query, target) in enumerate(images)
         ]
         return torch.cat(parts, dim=1)
+
+    def matched_masks(self, predictions: list[dict], query: Tensor, numbers: list[list[int]]) -> Tensor:
+        """(G, h, w) mask logits of the matched queries (G,), of which an image has numbers[b][t] in each
+        prediction."""
+        parts, queries = [], iter(query.split([n for image in numbers for n in image]))
+        for b, image in enumerate(numbers):
+            chosen = [(prediction, next(queries)) for prediction, _ in zip(predictions, image)]
+            if "mask_embed" in predictions[0]:
+                embed = torch.cat([prediction["mask_embed"][b, q] for prediction, q in chosen])
+                parts.append(torch.einsum("gc,chw->ghw", embed, predictions[0]["mask_features"][b]))
+            else:
+                parts += [prediction["pred_masks"][b, q] for prediction, q in chosen]
+        return torch.cat(parts).float()
 
     def match(self, outputs: dict, targets: list[dict]) -> list[list]:
         """The pairs of every prediction and image, with one copy to the CPU, all that is read from a GPU."""

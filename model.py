@@ -5,9 +5,9 @@
 
 Three parts, each a module of its own: a timm backbone gives feature maps at strides 4, 8, 16, 32; the
 `PixelDecoder` mixes the upper three by multi-scale deformable attention and makes mask features at stride
-4; the `TransformerDecoder` turns learned queries into class logits and mask logits. This file needs torch
-and timm and can be copied out alone. Where the paper is silent the numerics follow the official code
-(facebookresearch/Mask2Former at 9b0651c).
+4; the `TransformerDecoder` turns learned queries into class logits and mask logits. This file needs torch,
+torchvision and timm and can be copied out alone. Where the paper is silent the numerics follow the official
+code (facebookresearch/Mask2Former at 9b0651c).
 
 Letters in shapes: B images, C hidden_dim, H W pixels of the padded image, h w = H/4 W/4, K classes, Q
 queries, M heads, D = C/M, L levels (strides 32, 16, 8 in this order), P points, S = sum of H_l * W_l over
@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 try:  # a faster ms_deform_attn for GPUs
     from deform_attn_triton import ms_deform_attn as triton_attention
@@ -93,13 +94,16 @@ class Mask2Former(nn.Module):
     def forward(self, images: Tensor) -> dict:
         """images: (B, 3, H, W) RGB, uint8 or float in 0..255.
 
-        Returns "pred_logits" (B, Q, K+1) class logits, "pred_masks" (B, Q, h, w) mask logits at stride 4 of
-        the image padded right and below to multiples of 32 (h = 8 * ceil(H / 32)), and "aux_outputs": the
-        same two for each earlier prediction, the first from the queries before any layer."""
+        Returns a `Prediction`: "pred_logits" (B, Q, K+1) class logits, "pred_masks" (B, Q, h, w) mask logits
+        at stride 4 of the image padded right and below to multiples of 32 (h = 8 * ceil(H / 32)), and
+        "aux_outputs": the same two for each earlier prediction, the first from the queries before any
+        layer."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), found {tuple(images.shape)}")
         images = (images - self.pixel_mean) / self.pixel_std
         images = F.pad(images, (0, -images.shape[3] % 32, 0, -images.shape[2] % 32))
+        if images.is_cuda or torch.backends.cpu.get_cpu_capability() == "AVX512":
+            images = images.contiguous(memory_format=torch.channels_last)  # faster there, slower on others
         mask_features, levels = self.pixel_decoder(self.backbone(images))
         return self.decoder(levels, mask_features)
 
@@ -134,6 +138,7 @@ def build_backbone(name, pretrained=False, weights=None, norm="frozen", **kwargs
     body = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=indices, **kwargs)
     if norm == "frozen":
         body = timm.layers.freeze_batch_norm_2d(body)
+        _fold_frozen_norms(body)
     elif norm == "group":
         _replace_batch_norm(body)
     for module in body.modules():
@@ -194,6 +199,35 @@ class PlainViT(nn.Module):
 def resize(maps: Tensor, size) -> Tensor:
     """Bilinear, (B, C, H, W) -> (B, C, *size)."""
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution and the frozen batch norm behind it, which only scales and shifts its channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm[0]  # in a tuple, so that parameters keep their names
+        factor = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        bias = norm.bias - norm.running_mean * factor
+        weight = self.weight * factor.view(-1, 1, 1, 1)
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class FoldedNorm(FrozenBatchNorm2d):
+    """A frozen batch norm that its convolution has done already."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _fold_frozen_norms(body: nn.Module) -> None:
+    """In place, where a norm follows its convolution by name, as in all ResNets: conv1, bn1; 0, 1."""
+    for module in body.modules():
+        children = dict(module.named_children())
+        for name, conv in children.items():
+            behind = str(int(name) + 1) if name.isdecimal() else name.replace("conv", "bn")
+            norm = children.get(behind)
+            if type(conv) is nn.Conv2d and conv.bias is None and type(norm) is FrozenBatchNorm2d:
+                conv.__class__, norm.__class__, conv.norm = FoldedConv2d, FoldedNorm, (norm,)
 
 
 def _replace_batch_norm(module: nn.Module) -> None:
@@ -555,30 +589,44 @@ class TransformerDecoder(nn.Module):
         queries = self.query_features.weight.expand(B, -1, -1)  # (B, Q, C)
         query_positions = self.query_positions.weight
 
+        # A mask is wanted at the size of a level: resizing and the product with the features commute.
+        resized = [resize(mask_features.detach(), level.shape[-2:]) for level in levels]
+
         predictions = [self.predict(queries, mask_features)]
         for index, layer in enumerate(self.layers):
             level = index % len(levels)
-            attend = attention_mask(predictions[-1]["pred_masks"], levels[level].shape[-2:])
+            attend = attention_mask(predictions[-1]["mask_embed"], resized[level])
             queries = layer(queries, query_positions, keys[level], memories[level], attend)
             predictions.append(self.predict(queries, mask_features))
-        return {**predictions[-1], "aux_outputs": predictions[:-1]}
+        return Prediction(predictions[-1], aux_outputs=predictions[:-1])
 
-    def predict(self, queries: Tensor, mask_features: Tensor) -> dict:
+    def predict(self, queries: Tensor, mask_features: Tensor) -> "Prediction":
         queries = self.norm(queries)
-        mask_embed = self.mask_head(queries)
-        return {
-            "pred_logits": self.class_head(queries),
-            # Channels last in memory, as the matcher wants to read them.
-            "pred_masks": torch.einsum("bqc,bchw->bhwq", mask_embed, mask_features).permute(0, 3, 1, 2),
-        }
+        return Prediction(
+            pred_logits=self.class_head(queries),
+            mask_embed=self.mask_head(queries),
+            mask_features=mask_features,
+        )
 
 
-def attention_mask(mask_logits: Tensor, size) -> Tensor:
-    """(B, Q, h, w) mask logits -> (B, 1, Q, H_l * W_l) bool for every head: True where a query may attend,
-    which is where its mask is at least 0.5, or everywhere if that is nowhere. No gradient flows through it
-    (section 3.2.1)."""
-    mask_logits = resize(mask_logits.detach().float(), size)
-    attend = (mask_logits.sigmoid() >= 0.5).flatten(2)
+class Prediction(dict):
+    """What the queries predict: "pred_logits" (B, Q, K+1), "mask_embed" (B, Q, C), "mask_features"
+    (B, C, h, w), and "pred_masks" (B, Q, h, w), the product of these two, which is made when it is first
+    asked for: the losses of matcher.py want it of the few matched queries only."""
+
+    def __missing__(self, name: str) -> Tensor:
+        if name != "pred_masks":
+            raise KeyError(name)
+        self[name] = torch.einsum("bqc,bchw->bqhw", self["mask_embed"], self["mask_features"])
+        return self[name]
+
+
+def attention_mask(mask_embed: Tensor, mask_features: Tensor) -> Tensor:
+    """(B, Q, C) and (B, C, H_l, W_l) -> (B, 1, Q, H_l * W_l) bool for every head: True where a query may
+    attend, which is where its mask is at least 0.5, or everywhere if that is nowhere. No gradient flows
+    through it (section 3.2.1)."""
+    mask_logits = mask_embed.detach() @ mask_features.detach().flatten(2)
+    attend = mask_logits.float().sigmoid() >= 0.5
     return (attend | ~attend.any(dim=-1, keepdim=True)).unsqueeze(1)
 
 

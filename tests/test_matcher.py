@@ -109,30 +109,32 @@ def losses_by_loops(outputs, targets, drawn, bilinear, criterion, num_objects):
     """The criterion's losses, in float64, with the random points that it has drawn."""
     predictions = [*outputs["aux_outputs"], outputs]
     *matching_points, candidates, anywhere = drawn
-    losses, pair_number = {}, 0
-    for t, prediction in enumerate(predictions):
-        weighted = total_weight = loss_mask = loss_dice = 0.0
-        for b, target in enumerate(targets):
+    total, weights = np.zeros((3, len(predictions))), np.zeros(len(predictions))  # of class, BCE, dice
+    pair_number = 0
+    for b, target in enumerate(targets):
+        for t, prediction in enumerate(predictions):
             logits, masks = prediction["pred_logits"][b].detach(), prediction["pred_masks"][b].detach()
             costs = costs_by_formulas(logits, masks, target, matching_points[b][t], bilinear)
             pairs = cheapest_assignment(costs)
             classes = {q: int(target["labels"][n]) for q, n in pairs}
             for q in range(len(logits)):
                 weight = 1.0 if q in classes else 0.1
-                weighted -= weight * math.log(softmax(logits[q].double().tolist())[classes.get(q, K)])
-                total_weight += weight
+                total[0, t] -= weight * math.log(softmax(logits[q].double().tolist())[classes.get(q, K)])
+                weights[t] += weight
             for q, n in pairs:
                 certainty = np.abs(sample(masks[q], candidates[pair_number], bilinear))
                 count = int(criterion.num_points * criterion.importance_sample_ratio)
                 least_certain = candidates[pair_number][np.argsort(certainty)[:count].tolist()]
                 points = torch.cat([least_certain, anywhere[pair_number]])
                 truth = sample(target["masks"][n].float(), points, bilinear)
-                bce, dice = mask_terms(sample(masks[q], points, bilinear), truth)
-                loss_mask, loss_dice, pair_number = loss_mask + bce, loss_dice + dice, pair_number + 1
+                total[1:, t] += mask_terms(sample(masks[q], points, bilinear), truth)
+                pair_number += 1
+    losses = {}
+    for t in range(len(predictions)):
         suffix = f"_{t}" if t < len(predictions) - 1 else ""
-        losses[f"loss_ce{suffix}"] = 2 * weighted / total_weight
-        losses[f"loss_mask{suffix}"] = 5 * loss_mask / num_objects
-        losses[f"loss_dice{suffix}"] = 5 * loss_dice / num_objects
+        losses[f"loss_ce{suffix}"] = 2 * total[0, t] / weights[t]
+        losses[f"loss_mask{suffix}"] = 5 * total[1, t] / num_objects
+        losses[f"loss_dice{suffix}"] = 5 * total[2, t] / num_objects
     return losses
 
 
@@ -162,13 +164,15 @@ def test_a_planted_permutation_is_found(seed):
 
 
 @pytest.mark.parametrize("weights", [(2.0, 5.0, 5.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
-def test_costs_equal_plain_formulas(drawn, bilinear, weights):
+def test_costs_equal_plain_formulas(bilinear, weights):
     torch.manual_seed(0)
     outputs, [target] = random_outputs(images=1, layers=0), random_targets([3])
     logits, masks = outputs["pred_logits"], outputs["pred_masks"]
     labels, their_masks = target["labels"], target["masks"].float()
-    costs = HungarianMatcher(*weights, num_points=P).costs(logits, masks, labels, their_masks)
-    expected = costs_by_formulas(logits[0], masks[0], target, drawn[0][0], bilinear, weights)
+    points = torch.rand(1, P, 2)
+    x = matcher.sample_together(masks, points)
+    costs = HungarianMatcher(*weights, num_points=P).costs(logits, x, labels, their_masks, points)
+    expected = costs_by_formulas(logits[0], masks[0], target, points[0], bilinear, weights)
     np.testing.assert_allclose(costs[0].detach().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -220,6 +224,30 @@ def test_predictions_in_parts_are_matched_as_all_at_once(monkeypatch):
     monkeypatch.setattr(matcher, "CACHED", 1)
     for row, other in zip(together, HungarianMatcher(num_points=P).match(predictions, targets), strict=True):
         assert all(torch.equal(a, b) for x, y in zip(row, other, strict=True) for a, b in zip(x, y))
+
+
+@pytest.mark.parametrize("counts", [(2, 3), (0, 2), (0, 0), (6, 1)])
+def test_masks_as_embeddings_and_features_give_the_same_as_their_product(counts):
+    """Losses, assignments and gradients."""
+    torch.manual_seed(0)
+    C, targets, criterion = 8, random_targets(counts), SetCriterion(K, num_points=P)
+    features = torch.randn(B, C, *MAP, requires_grad=True)
+    embeds = [torch.randn(B, Q, C, requires_grad=True) for _ in range(LAYERS + 1)]
+    logits = [torch.randn(B, Q, K + 1) for _ in embeds]
+    results = []
+    for product in (False, True):
+        predictions = []
+        for class_logits, embed in zip(logits, embeds):
+            masks = {"mask_embed": embed, "mask_features": features}
+            if product:
+                masks = {"pred_masks": torch.einsum("bqc,bchw->bqhw", embed, features)}
+            predictions.append({"pred_logits": class_logits, **masks})
+        torch.manual_seed(1)
+        losses = criterion({**predictions[-1], "aux_outputs": predictions[:-1]}, targets)
+        grads = torch.autograd.grad(sum(losses.values()), [features, *embeds])
+        results.append([*losses.values(), *grads])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_outputs_without_auxiliary_predictions_are_welcome():
@@ -309,6 +337,26 @@ def test_everything_runs_in_fp32_under_autocast():
     for name, value in losses.items():
         assert value.dtype == torch.float32
         assert torch.equal(value, expected[name]), name
+
+
+def test_sampled_features_are_multiplied_in_fp32_under_autocast(monkeypatch):
+    torch.manual_seed(0)
+    prediction = {
+        "pred_logits": torch.randn(1, Q, K + 1),
+        "mask_embed": torch.randn(1, Q, 8),
+        "mask_features": torch.randn(1, 8, *MAP),
+    }
+    seen, costs = [], HungarianMatcher.costs
+    monkeypatch.setattr(
+        HungarianMatcher,
+        "costs",
+        lambda self, *values: seen.append(values[1].clone()) or costs(self, *values),
+    )
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            HungarianMatcher(num_points=P)(prediction, random_targets([3]))
+    assert seen[1].dtype == torch.float32 and torch.equal(*seen)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.75, 1.0])

@@ -195,36 +195,38 @@ def test_sine_positions_equal_the_formula_of_detr(C, H, W):
 # ----------------------------------------------------------------------------- the masked attention
 
 
-def test_attention_mask_equals_a_loop(resize):
-    """A query attends where its resized mask has a probability of at least one half, or everywhere."""
-    logits = torch.tensor(np.random.default_rng(0).normal(size=(2, 3, 6, 9)), dtype=torch.float32)
+def attend_by(logits):
+    """attention_mask of mask logits (B, Q, H, W): one feature for each query, which is its logits."""
+    return attention_mask(torch.eye(logits.shape[1]).expand(len(logits), -1, -1), logits)
+
+
+def test_attention_mask_equals_a_loop():
+    """A query attends where its mask has a probability of at least one half, or everywhere."""
+    logits = torch.tensor(np.random.default_rng(0).normal(size=(2, 3, 3, 4)), dtype=torch.float32)
     logits[1, 2] = -1
-    size = (3, 4)
-    attend = attention_mask(logits, size)
+    attend = attend_by(logits)
     assert attend.shape == (2, 1, 3, 12) and attend.dtype == torch.bool
     for b, q in np.ndindex(2, 3):
-        resized = resize(logits[b, q].double().numpy(), size)
-        expected = [1 / (1 + math.exp(-x)) >= 0.5 for x in resized.flatten()]
+        expected = [1 / (1 + math.exp(-x)) >= 0.5 for x in logits[b, q].flatten().tolist()]
         assert attend[b, 0, q].tolist() == (expected if any(expected) else [True] * len(expected))
 
 
 def test_a_query_that_masks_everything_attends_everywhere():
-    logits = torch.full((1, 2, 8, 8), -5.0)
-    logits[0, 1, :4] = 5
-    attend = attention_mask(logits, (4, 4))[0, 0].view(2, 4, 4)
+    logits = torch.full((1, 2, 4, 4), -5.0)
+    logits[0, 1, :2] = 5
+    attend = attend_by(logits)[0, 0].view(2, 4, 4)
     assert attend[0].all()
     assert attend[1, :2].all() and not attend[1, 2:].any()
 
 
 def test_a_probability_of_one_half_may_be_attended():
-    assert attention_mask(torch.zeros(1, 1, 4, 4), (2, 2)).all()
-    one_zero = torch.tensor([[[[0.0, -1.0]]]])
-    assert attention_mask(one_zero, (1, 2)).flatten().tolist() == [True, False]
+    assert attend_by(torch.zeros(1, 1, 2, 2)).all()
+    assert attend_by(torch.tensor([[[[0.0, -1.0]]]])).flatten().tolist() == [True, False]
 
 
 def test_attention_masks_carry_no_gradient():
-    logits = torch.randn(1, 2, 8, 8, requires_grad=True)
-    attend = attention_mask(logits, (4, 4))
+    embed, features = torch.randn(1, 2, 3, requires_grad=True), torch.randn(1, 3, 4, 4, requires_grad=True)
+    attend = attention_mask(embed, features)
     assert not attend.requires_grad and attend.grad_fn is None
 
 
@@ -264,18 +266,20 @@ def test_attention_equals_that_of_pytorch(masked):
     torch.testing.assert_close(ours(query, key, value, attend), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_decoder_layers_read_stride_32_16_8_in_turn_where_the_last_mask_was(make_model, monkeypatch):
+def test_decoder_layers_read_stride_32_16_8_in_turn_where_the_last_mask_was(make_model, monkeypatch, resize):
     seen = []
 
-    def spy(mask_logits, size):
-        seen.append((mask_logits, tuple(size)))
-        return attention_mask(mask_logits, size)
+    def spy(mask_embed, mask_features):
+        seen.append((mask_embed, mask_features))
+        return attention_mask(mask_embed, mask_features)
 
     monkeypatch.setattr(model, "attention_mask", spy)
     outputs = make_model(decoder_layers=4)(image_batch(1, 64, 96))
-    assert [size for _, size in seen] == [(2, 3), (4, 6), (8, 12), (2, 3)]
-    for (mask_logits, _), prediction in zip(seen, outputs["aux_outputs"], strict=True):
-        assert mask_logits is prediction["pred_masks"]
+    sizes = [(2, 3), (4, 6), (8, 12), (2, 3)]
+    for (embed, features), prediction, size in zip(seen, outputs["aux_outputs"], sizes, strict=True):
+        expected = resize(prediction["pred_masks"].detach().double().numpy(), size)
+        found = torch.einsum("bqc,bchw->bqhw", embed, features)
+        np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------- the whole model
@@ -284,11 +288,47 @@ def test_decoder_layers_read_stride_32_16_8_in_turn_where_the_last_mask_was(make
 @pytest.mark.parametrize("H, W", [(64, 96), (130, 97), (32, 32), (1, 33)])
 def test_outputs_have_the_documented_shapes_for_any_size(make_model, H, W):
     outputs = make_model()(image_batch(2, H, W))
-    assert set(outputs) == {"pred_logits", "pred_masks", "aux_outputs"}
+    assert set(outputs) == {"pred_logits", "mask_embed", "mask_features", "aux_outputs"}
     assert len(outputs["aux_outputs"]) == TINY["decoder_layers"]
     for prediction in [outputs, *outputs["aux_outputs"]]:
         assert prediction["pred_logits"].shape == (2, 6, 3 + 1)
         assert prediction["pred_masks"].shape == (2, 6, 8 * math.ceil(H / 32), 8 * math.ceil(W / 32))
+
+
+def test_masks_are_made_when_they_are_asked_for(make_model):
+    outputs = make_model()(image_batch())
+    for prediction in [outputs, *outputs["aux_outputs"]]:
+        assert "pred_masks" not in prediction
+        product = torch.einsum("bqc,bchw->bqhw", prediction["mask_embed"], prediction["mask_features"])
+        assert torch.equal(prediction["pred_masks"], product)
+        assert prediction["pred_masks"] is prediction["pred_masks"]
+        with pytest.raises(KeyError, match="pred_mask"):
+            prediction["pred_mask"]
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "resnet50", "resnet50d", "resnext50_32x4d"])
+def test_a_frozen_norm_within_its_convolution_changes_nothing(name, monkeypatch):
+    """Against timm's own model, with the norms behind the convolutions; gradients too."""
+    torch.manual_seed(0)
+    folded = model.build_backbone(name).double()
+    monkeypatch.setattr(model, "_fold_frozen_norms", lambda body: None)
+    plain = model.build_backbone(name).double()
+    for key, value in folded.state_dict().items():
+        if key.endswith("running_mean"):
+            value.normal_(0, 0.1)
+        if key.endswith("running_var"):
+            value.uniform_(0.5, 1.5)
+    plain.load_state_dict(folded.state_dict())
+    types = [type(module) for module in folded.modules()]
+    assert types.count(model.FoldedConv2d) == types.count(model.FoldedNorm) > 8
+    assert not any(isinstance(module, model.FoldedConv2d) for module in plain.modules())
+    images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    for found, expected in zip(folded(images), plain(images), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    for backbone in (folded, plain):
+        sum(feature.square().mean() for feature in backbone(images)).backward()
+    for found, expected in zip(folded.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-7, atol=1e-9)
 
 
 def test_bytes_and_floats_give_the_same(make_model):
