@@ -103,7 +103,7 @@ class HungarianMatcher(nn.Module):
                     if features is None:
                         x = sample_together(torch.stack([p["pred_masks"][b] for p in chunk]).float(), points)
                     else:  # sampling and the product with the queries' embeddings commute
-                        x = sample_together(features[b, None], points.view(1, -1, 2))
+                        x = sample_together(features[b, None], points.reshape(1, -1, 2))
                         x = x.view(*points.shape[:2], -1)  # (T, P, C)
                         x = x @ torch.stack([p["mask_embed"][b] for p in chunk]).float().mT
                 class_logits = torch.stack([p["pred_logits"][b] for p in chunk])

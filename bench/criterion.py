@@ -1,5 +1,6 @@
 """Matching and losses, forward and backward, of ours beside Hugging Face's Mask2Former on the same outputs
-and targets, in turn in one process.
+and targets, in turn in one process. Both begin at query embeddings and mask features, of which theirs makes
+the masks of all queries, ours those that it needs.
 
     python bench/criterion.py                      # 512 x 512, 2 images, 7 objects each
     python bench/criterion.py --objects 100
@@ -59,36 +60,40 @@ def main():
     torch.manual_seed(0)
     engine.keep_freed_memory()  # for both
     _, targets = make_batch(flags.size, flags.batch, flags.objects)
-    side = flags.size // 4
+    side, C = flags.size // 4, 256
+    features = (torch.randn(flags.batch, C, side, side) / C**0.5).requires_grad_()
     predictions = [
         {
             "pred_logits": torch.randn(flags.batch, flags.queries, CLASSES + 1).requires_grad_(),
-            "pred_masks": (3 * torch.randn(flags.batch, flags.queries, side, side)).requires_grad_(),
+            "mask_embed": (3 * torch.randn(flags.batch, flags.queries, C)).requires_grad_(),
+            "mask_features": features,
         }
         for _ in range(10)
     ]
-    theirs = {**predictions[-1], "aux_outputs": predictions[:-1]}
-    last = [  # our model returns them channels last
-        {**p, "pred_masks": p["pred_masks"].detach().to(memory_format=torch.channels_last).requires_grad_()}
-        for p in predictions
-    ]
-    ours = {**last[-1], "aux_outputs": last[:-1]}
+    inputs = [features] + [p[name] for p in predictions for name in ("pred_logits", "mask_embed")]
     criterion, peer = SetCriterion(CLASSES, num_points=flags.points), hugging_face(flags.points)
-    sides = {
-        "ours": lambda: sum(criterion(ours, targets).values()),
-        "theirs": lambda: peer(theirs, targets),
-    }
-    inputs = {
-        name: [tensor for prediction in outputs for tensor in prediction.values()]
-        for name, outputs in (("ours", last), ("theirs", predictions))
-    }
+
+    def ours():
+        return sum(criterion({**predictions[-1], "aux_outputs": predictions[:-1]}, targets).values())
+
+    def theirs():
+        made = [
+            {
+                "pred_logits": p["pred_logits"],
+                "pred_masks": torch.einsum("bqc,bchw->bqhw", p["mask_embed"], features),
+            }
+            for p in predictions
+        ]
+        return peer({**made[-1], "aux_outputs": made[:-1]}, targets)
+
+    sides = {"ours": ours, "theirs": theirs}
     seconds = {name: [] for name in sides}
     for _ in range(flags.rounds + 1):
         for name, loss in sides.items():
             start = time.perf_counter()
             value = loss()
             middle = time.perf_counter()
-            torch.autograd.grad(value, inputs[name])
+            torch.autograd.grad(value, inputs)
             seconds[name].append((middle - start, time.perf_counter() - middle))
     print(f"{flags.batch} images of {flags.size} x {flags.size}, {flags.objects} objects each")
     print(f"{flags.queries} queries, {flags.points} points, 10 predictions")
