@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-CACHED = 2**21  # numbers that are worked on at once: beyond this a CPU reads memory again and again
+CACHED = 2**21  # mask logits that are compared at once: beyond this a CPU reads memory again and again
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
@@ -30,15 +30,11 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps[:, None].to(points.dtype), grid, align_corners=False)[:, 0, :, 0]
 
 
-def sample_together(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of maps (T, Q, H, W), all Q of one T at the same points (T, P, 2) -> (T, P, Q). Each
-    is a sum of four pixels, fast if the maps are channels last in memory."""
-    T, Q, H, W = maps.shape
+def sample_together(rows: Tensor, H: int, W: int, points: Tensor) -> Tensor:
+    """Bilinear samples of C maps at the same points (P, 2), zero outside -> (P, C). rows: the maps pixel by
+    pixel, (H * W, C); each sample is a sum of four of them."""
     index, shares = bilinear_taps(points, H, W)
-    index = index + H * W * torch.arange(T, dtype=torch.int32, device=maps.device)[:, None, None]
-    rows = maps.permute(0, 2, 3, 1).contiguous().view(-1, Q)
-    samples = F.embedding_bag(index.view(-1, 4), rows, per_sample_weights=shares.view(-1, 4), mode="sum")
-    return samples.view(T, -1, Q)
+    return F.embedding_bag(index, rows, per_sample_weights=shares, mode="sum")
 
 
 def bilinear_taps(points: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
@@ -87,28 +83,15 @@ class HungarianMatcher(nn.Module):
     def match(self, predictions: list[dict], targets: list[dict]) -> list[list]:
         """The same for T predictions at once -> T lists of B pairs. All costs travel to the CPU in one
         copy."""
-        Q, device = predictions[0]["pred_logits"].shape[1], predictions[0]["pred_logits"].device
-        together = max(1, CACHED // (Q * self.num_points))  # predictions whose samples stay in the cache
-        features = predictions[0].get("mask_features")
-        if features is not None:
-            features = features.float().contiguous(memory_format=torch.channels_last)
         costs = []  # B times (T, Q, N)
         for b, target in enumerate(targets):
-            masks = target["masks"].permute(1, 2, 0).contiguous().permute(2, 0, 1)  # pixel by pixel in memory
-            parts = []
-            for first in range(0, len(predictions), together):
-                chunk = predictions[first : first + together]
-                points = torch.rand(len(chunk), self.num_points, 2, device=device)
-                with torch.autocast(device.type, enabled=False):
-                    if features is None:
-                        x = sample_together(torch.stack([p["pred_masks"][b] for p in chunk]).float(), points)
-                    else:  # sampling and the product with the queries' embeddings commute
-                        x = sample_together(features[b, None], points.reshape(1, -1, 2))
-                        x = x.view(*points.shape[:2], -1)  # (T, P, C)
-                        x = x @ torch.stack([p["mask_embed"][b] for p in chunk]).float().mT
-                class_logits = torch.stack([p["pred_logits"][b] for p in chunk])
-                parts.append(self.costs(class_logits, x, target["labels"], masks, points))
-            costs.append(torch.cat(parts))
+            class_logits = torch.stack([p["pred_logits"][b] for p in predictions])
+            if "mask_embed" in predictions[0]:
+                maps, embed = predictions[0]["mask_features"][b], [p["mask_embed"][b] for p in predictions]
+            else:
+                maps, embed = torch.cat([p["pred_masks"][b] for p in predictions]), None
+            points = torch.rand(self.num_points, 2, device=maps.device)
+            costs.append(self.costs(class_logits, maps, embed and torch.cat(embed), target, points))
         flat = torch.cat([cost.flatten() for cost in costs]).cpu()
         if not flat.isfinite().all():
             raise FloatingPointError("the matching costs are not finite: the model's outputs are not")
@@ -116,21 +99,30 @@ class HungarianMatcher(nn.Module):
         pairs = [[linear_sum_assignment(cost[t].numpy()) for cost in costs] for t in range(len(predictions))]
         return [[tuple(torch.as_tensor(i, dtype=torch.int64) for i in pair) for pair in row] for row in pairs]
 
-    def costs(self, class_logits, x, labels, masks, points) -> Tensor:
-        """Of one image: class logits (T, Q, K+1), mask logits at points x (T, P, Q), labels (N,), masks
-        (N, H, W) bool, points (T, P, 2) -> (T, Q, N)."""
-        with torch.autocast(x.device.type, enabled=False):
-            index, shares = bilinear_taps(points, *masks.shape[1:])
-            t = (masks.flatten(1).T[index] * shares[..., None]).sum(2).mT  # (T, P, 4, N) -> (T, N, P)
+    def costs(self, class_logits, maps, embed, target, points) -> Tensor:
+        """Of one image: class logits (T, Q, K+1), points (P, 2), and the mask logits of all predictions,
+        maps (T * Q, h, w), or embed (T * Q, C) and maps (C, h, w), whose product they are -> (T, Q, N)."""
+        labels, masks = target["labels"], target["masks"]
+        with torch.autocast(maps.device.type, enabled=False):
+            rows = maps.float().flatten(1).T.contiguous()
+            softplus, p_sum, t_sum, t_x, t_p = 0, 0, 0, 0, 0  # sums over the points
+            for part in points.split(max(1, CACHED // class_logits[:, :, 0].numel())):
+                x = sample_together(rows, *maps.shape[1:], part)
+                if embed is not None:  # sampling and the product with the queries' embeddings commute
+                    x = x @ embed.float().T  # (P, T * Q)
+                index, shares = bilinear_taps(part, *masks.shape[1:])
+                t = (masks.flatten(1)[:, index] * shares).sum(2)  # (N, P)
+                p = x.sigmoid()
+                softplus, p_sum, t_sum = softplus + F.softplus(x).sum(0), p_sum + p.sum(0), t_sum + t.sum(1)
+                t_x, t_p = t_x + t @ x, t_p + t @ p
             # The class cost is -p, not -log p, as in DETR. The BCE of logit x and target t is
             # softplus(x) - x * t.
             cost_class = -class_logits.float().softmax(-1)[:, :, labels]
-            cost_mask = (F.softplus(x).sum(1)[:, :, None] - (t @ x).mT) / self.num_points
-            p = x.sigmoid_()
-            both = p.sum(1)[:, :, None] + t.sum(2)[:, None]
-            cost_dice = 1 - (2 * (t @ p).mT + 1) / (both + 1)  # (T, Q, N)
+            cost_mask = (softplus - t_x).T / len(points)
+            cost_dice = 1 - ((2 * t_p + 1) / (p_sum + t_sum[:, None] + 1)).T
         weight_class, weight_mask, weight_dice = self.weights
-        return weight_class * cost_class + weight_mask * cost_mask + weight_dice * cost_dice
+        cost_masks = weight_mask * cost_mask + weight_dice * cost_dice  # (T * Q, N)
+        return weight_class * cost_class + cost_masks.view_as(cost_class)
 
 
 def all_predictions(outputs: dict) -> list[dict]:
@@ -196,7 +188,7 @@ class SetCriterion(nn.Module):
             loss_ce = self.class_losses(class_logits, layer, image, query, labels)  # (T,)
             T, numbers = len(predictions), [[len(query) for query, _ in images] for images in zip(*pairs)]
             mask_logits = self.matched_masks(predictions, query, numbers)
-            mask_losses = self.mask_losses(mask_logits, masks, objects)  # (2, G)
+            mask_losses = self.mask_losses(mask_logits, masks, objects, layer, T)  # (2, G)
             loss_mask, loss_dice = mask_losses.new_zeros(2, T).index_add(1, layer, mask_losses) / num_objects
 
         names = [f"_{t}" for t in range(T - 1)] + [""]
@@ -239,25 +231,29 @@ class SetCriterion(nn.Module):
         losses = F.cross_entropy(class_logits.flatten(0, 2), classes.flatten(), reduction="none")
         return (weights * losses.view_as(weights)).sum((1, 2)) / weights.sum((1, 2))
 
-    def mask_losses(self, mask_logits, masks, objects):
-        """(2, G): BCE and dice, on points, of mask_logits (G, h, w) with masks[objects].
+    def mask_losses(self, mask_logits, masks, objects, layer, T):
+        """(2, G): BCE and dice, on points, of mask_logits (G, h, w), each of one of T predictions, layer
+        (G,), with masks[objects].
 
         masks: of all objects of the batch, (N, H, W); objects: (G,) indices."""
         points = self.uncertain_points(mask_logits.detach())
         x = sample_points(mask_logits, points)  # (G, P)
-        chunks = zip(objects.split(64), points.split(64))  # not a copy of a mask per layer
-        t = torch.cat([sample_points(masks[chunk], chunk_points) for chunk, chunk_points in chunks])
+        # A mask is sampled once at the points of all predictions, and few of them are floats at a time.
+        theirs = points.new_zeros(len(masks), T, *points.shape[1:])
+        theirs[objects, layer] = points
+        chunks = zip(masks.split(16), theirs.flatten(1, 2).split(16))
+        t = torch.cat([sample_points(*chunk) for chunk in chunks]).view(theirs.shape[:3])[objects, layer]
         bce = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1)
         p = x.sigmoid()
         dice = 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
         return torch.stack([bce, dice])
 
     def uncertain_points(self, mask_logits):
-        """(G, h, w) -> (G, P, 2): most points where the logit is closest to zero, the rest anywhere."""
+        """(G, h, w) -> (G, P, 2): most points where the logit is closest to zero, the rest anywhere. The
+        candidates are the same for all masks."""
         G, device = len(mask_logits), mask_logits.device
-        candidates = torch.rand(G, int(self.num_points * self.oversample_ratio), 2, device=device)
+        candidates = torch.rand(int(self.num_points * self.oversample_ratio), 2, device=device)
         num_uncertain = int(self.num_points * self.importance_sample_ratio)
-        uncertainty = -sample_points(mask_logits, candidates).abs()
-        best = uncertainty.topk(num_uncertain, dim=1, sorted=False).indices
-        points = candidates.gather(1, best[:, :, None].expand(-1, -1, 2))
+        uncertainty = -sample_points(mask_logits, candidates.expand(G, -1, -1)).abs()
+        points = candidates[uncertainty.topk(num_uncertain, dim=1, sorted=False).indices]
         return torch.cat([points, torch.rand(G, self.num_points - num_uncertain, 2, device=device)], dim=1)

@@ -114,7 +114,7 @@ def losses_by_loops(outputs, targets, drawn, bilinear, criterion, num_objects):
     for b, target in enumerate(targets):
         for t, prediction in enumerate(predictions):
             logits, masks = prediction["pred_logits"][b].detach(), prediction["pred_masks"][b].detach()
-            costs = costs_by_formulas(logits, masks, target, matching_points[b][t], bilinear)
+            costs = costs_by_formulas(logits, masks, target, matching_points[b], bilinear)
             pairs = cheapest_assignment(costs)
             classes = {q: int(target["labels"][n]) for q, n in pairs}
             for q in range(len(logits)):
@@ -122,9 +122,9 @@ def losses_by_loops(outputs, targets, drawn, bilinear, criterion, num_objects):
                 total[0, t] -= weight * math.log(softmax(logits[q].double().tolist())[classes.get(q, K)])
                 weights[t] += weight
             for q, n in pairs:
-                certainty = np.abs(sample(masks[q], candidates[pair_number], bilinear))
+                certainty = np.abs(sample(masks[q], candidates, bilinear))
                 count = int(criterion.num_points * criterion.importance_sample_ratio)
-                least_certain = candidates[pair_number][np.argsort(certainty)[:count].tolist()]
+                least_certain = candidates[np.argsort(certainty)[:count].tolist()]
                 points = torch.cat([least_certain, anywhere[pair_number]])
                 truth = sample(target["masks"][n].float(), points, bilinear)
                 total[1:, t] += mask_terms(sample(masks[q], points, bilinear), truth)
@@ -167,12 +167,9 @@ def test_a_planted_permutation_is_found(seed):
 def test_costs_equal_plain_formulas(bilinear, weights):
     torch.manual_seed(0)
     outputs, [target] = random_outputs(images=1, layers=0), random_targets([3])
-    logits, masks = outputs["pred_logits"], outputs["pred_masks"]
-    labels, their_masks = target["labels"], target["masks"].float()
-    points = torch.rand(1, P, 2)
-    x = matcher.sample_together(masks, points)
-    costs = HungarianMatcher(*weights, num_points=P).costs(logits, x, labels, their_masks, points)
-    expected = costs_by_formulas(logits[0], masks[0], target, points[0], bilinear, weights)
+    logits, masks, points = outputs["pred_logits"], outputs["pred_masks"][0], torch.rand(P, 2)
+    costs = HungarianMatcher(*weights).costs(logits, masks, None, target, points)
+    expected = costs_by_formulas(logits[0], masks, target, points, bilinear, weights)
     np.testing.assert_allclose(costs[0].detach().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -184,7 +181,7 @@ def test_the_assignment_is_the_cheapest_of_all(drawn, bilinear, queries, objects
         [target] = random_targets([objects], seed)
         [(query, found)] = HungarianMatcher(num_points=P)(outputs, [target])
         logits, masks = outputs["pred_logits"][0], outputs["pred_masks"][0]
-        costs = costs_by_formulas(logits, masks, target, drawn[-1][0], bilinear)
+        costs = costs_by_formulas(logits, masks, target, drawn[-1], bilinear)
         assert list(zip(query.tolist(), found.tolist())) == cheapest_assignment(costs)
         assert len(query) == min(queries, objects)
         assert query.dtype == found.dtype == torch.int64 and query.device.type == "cpu"
@@ -214,16 +211,15 @@ def test_losses_equal_plain_loops_at_the_same_points(drawn, bilinear, counts):
         assert value.item() == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
 
 
-def test_predictions_in_parts_are_matched_as_all_at_once(monkeypatch):
-    """What stays in the cache is a matter of speed alone; the points are fixed."""
-    outputs, targets = random_outputs(), random_targets([2, 3])
-    points = torch.linspace(0.1, 0.9, 2 * P).view(1, P, 2)
-    monkeypatch.setattr(matcher.torch, "rand", lambda *size, **_: points.expand(size))
-    predictions = [*outputs["aux_outputs"], outputs]
-    together = HungarianMatcher(num_points=P).match(predictions, targets)
-    monkeypatch.setattr(matcher, "CACHED", 1)
-    for row, other in zip(together, HungarianMatcher(num_points=P).match(predictions, targets), strict=True):
-        assert all(torch.equal(a, b) for x, y in zip(row, other, strict=True) for a, b in zip(x, y))
+def test_costs_of_some_points_after_others_are_those_of_all_at_once(monkeypatch):
+    """What stays in the cache is a matter of speed alone."""
+    torch.manual_seed(0)
+    outputs, [target] = random_outputs(images=1, layers=0), random_targets([3])
+    arguments = outputs["pred_logits"], outputs["pred_masks"][0], None, target, torch.rand(P, 2)
+    together = HungarianMatcher().costs(*arguments)
+    for points in (1, 3, P - 1):
+        monkeypatch.setattr(matcher, "CACHED", points * Q)
+        torch.testing.assert_close(HungarianMatcher().costs(*arguments), together)
 
 
 @pytest.mark.parametrize("counts", [(2, 3), (0, 2), (0, 0), (6, 1)])
@@ -339,24 +335,14 @@ def test_everything_runs_in_fp32_under_autocast():
         assert torch.equal(value, expected[name]), name
 
 
-def test_sampled_features_are_multiplied_in_fp32_under_autocast(monkeypatch):
+def test_sampled_features_are_multiplied_in_fp32_under_autocast():
     torch.manual_seed(0)
-    prediction = {
-        "pred_logits": torch.randn(1, Q, K + 1),
-        "mask_embed": torch.randn(1, Q, 8),
-        "mask_features": torch.randn(1, 8, *MAP),
-    }
-    seen, costs = [], HungarianMatcher.costs
-    monkeypatch.setattr(
-        HungarianMatcher,
-        "costs",
-        lambda self, *values: seen.append(values[1].clone()) or costs(self, *values),
-    )
-    for enabled in (False, True):
-        torch.manual_seed(1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            HungarianMatcher(num_points=P)(prediction, random_targets([3]))
-    assert seen[1].dtype == torch.float32 and torch.equal(*seen)
+    logits, maps, embed = torch.randn(1, Q, K + 1), torch.randn(8, *MAP), torch.randn(Q, 8)
+    [target], points = random_targets([3]), torch.rand(P, 2)
+    expected = HungarianMatcher().costs(logits, maps, embed, target, points)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = HungarianMatcher().costs(logits, maps, embed, target, points)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.75, 1.0])
@@ -366,12 +352,12 @@ def test_the_points_of_the_loss_are_the_least_certain_candidates_and_some_others
     criterion = SetCriterion(K, num_points=P, importance_sample_ratio=share)
     points = criterion.uncertain_points(mask_logits)
     candidates, anywhere = drawn
-    assert points.shape == (3, P, 2) and candidates.shape == (3, 3 * P, 2)
+    assert points.shape == (3, P, 2) and candidates.shape == (3 * P, 2)
     assert not points.requires_grad
     count = int(share * P)
     for g in range(3):
-        certainty = np.abs(sample(mask_logits[g], candidates[g], bilinear))
-        best = candidates[g][np.argsort(certainty)[:count].tolist()]
+        certainty = np.abs(sample(mask_logits[g], candidates, bilinear))
+        best = candidates[np.argsort(certainty)[:count].tolist()]
         assert sorted(points[g, :count].tolist()) == sorted(best.tolist())
     assert torch.equal(points[:, count:], anywhere)
 
