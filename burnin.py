@@ -129,6 +129,9 @@ class Config:
     # bookkeeping
     seed: int = knob(0, "of the labelled split, the initial weights, the views and the points")
     device: str = knob("", "cuda, mps or cpu; empty: the best there is")
+    precision: str = knob(
+        "", "of the model's passes: bf16 or fp32; empty: bf16 where the device does it well"
+    )
     log_every: int = knob(50, "steps between two log lines")
     save_every: int = knob(1000, "steps between two checkpoints that a stopped run goes on from")
     eval_every: int = knob(0, "steps between two evaluations; 0: only at the end of a phase")
@@ -176,6 +179,7 @@ PRESETS = {
         num_points=256,
         steps=(500, 700, 900),
         score_threshold=0.9,
+        precision="fp32",  # a model as small gains nothing by bf16, and so all machines see the same
         save_every=100,
     ),
     "coco": {},  # the defaults
@@ -278,7 +282,7 @@ class Setting:
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        self.device = engine.start_processes(cfg.device)
+        self.device = engine.start_processes(cfg.device, cfg.precision)
         if cfg.batch % engine.world_size():
             raise ValueError(f"--batch {cfg.batch} does not divide by {engine.world_size()} processes")
         if cfg.norm == "batch" and engine.world_size() > 1 and self.device.type != "cuda":

@@ -121,9 +121,17 @@ def keep_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(parameter, value)
 
 
-def start_processes(device: str = "") -> torch.device:
+bfloat16 = None  # whether `autocast` is in bfloat16; None: where the device does it well
+
+
+def start_processes(device: str = "", precision: str = "") -> torch.device:
     """Joins the processes of torchrun, if any, and returns this process's device. device: "cuda", "mps",
-    "cpu", or "" for the best there is."""
+    "cpu", or "" for the best there is. precision: "bf16" or "fp32" of the model's passes in this process, or
+    "" for what the device does well."""
+    global bfloat16
+    if precision not in ("", "bf16", "fp32"):
+        raise ValueError(f"unknown --precision {precision!r}: bf16 or fp32")
+    bfloat16 = precision == "bf16" if precision else None
     if not device:
         mps = torch.backends.mps.is_available()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
@@ -138,7 +146,7 @@ def start_processes(device: str = "") -> torch.device:
             raise ValueError("--device cuda, but torch finds no GPU that it can use")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     return device
@@ -217,9 +225,13 @@ def lr_factor(schedule: str, progress: float, warmup: float = 0.0, drops=(0.8889
 
 
 def autocast(device: torch.device):
-    """bfloat16 where the device does it well, else fp32."""
-    bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
+    """bfloat16 or fp32, as start_processes was told."""
+    if device.type == "cpu":
+        does_it_well = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    else:
+        does_it_well = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    enabled = does_it_well if bfloat16 is None else bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 class Run:

@@ -299,10 +299,12 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--which", default="student", choices=("student", "teacher"), help="what to export")
     parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best there is")
+    parser.add_argument("--precision", help="bf16 or fp32; default: that of the run")
     flags = parser.parse_args(argv)
     with engine.user_errors():
-        device = engine.start_processes(flags.device)
         checkpoint = read_weights(flags.checkpoint)
+        precision = flags.precision or checkpoint.get("config", {}).get("precision", "")
+        device = engine.start_processes(flags.device, precision)
         if flags.export:
             from tools.export import export
 

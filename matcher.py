@@ -24,9 +24,9 @@ CACHED = 2**21  # mask logits that are compared at once: beyond this a CPU reads
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear samples of maps (G, H, W) at points (G, P, 2), zero outside -> (G, P). Source: PointRend
-    (arXiv 1912.08193), section 3.1."""
-    grid = 2 * points[:, :, None] - 1
+    """Bilinear samples of maps (G, H, W) at points (G, P, 2), or (1, P, 2) for all, zero outside -> (G, P).
+    Source: PointRend (arXiv 1912.08193), section 3.1."""
+    grid = (2 * points[:, :, None] - 1).expand(len(maps), -1, -1, -1)
     return F.grid_sample(maps[:, None].to(points.dtype), grid, align_corners=False)[:, 0, :, 0]
 
 
@@ -209,15 +209,17 @@ class SetCriterion(nn.Module):
     def matched_masks(self, predictions: list[dict], query: Tensor, numbers: list[list[int]]) -> Tensor:
         """(G, h, w) mask logits of the matched queries (G,), of which an image has numbers[b][t] in each
         prediction."""
-        parts, queries = [], iter(query.split([n for image in numbers for n in image]))
-        for b, image in enumerate(numbers):
-            chosen = [(prediction, next(queries)) for prediction, _ in zip(predictions, image)]
-            if "mask_embed" in predictions[0]:
-                embed = torch.cat([prediction["mask_embed"][b, q] for prediction, q in chosen])
-                parts.append(torch.einsum("gc,chw->ghw", embed, predictions[0]["mask_features"][b]))
-            else:
-                parts += [prediction["pred_masks"][b, q] for prediction, q in chosen]
-        return torch.cat(parts).float()
+        queries = iter(query.split([n for image in numbers for n in image]))
+        chosen = [[(p, next(queries)) for p, _ in zip(predictions, image)] for image in numbers]
+        if "mask_embed" not in predictions[0]:
+            return torch.cat(
+                [p["pred_masks"][b, q] for b, image in enumerate(chosen) for p, q in image]
+            ).float()
+        features = predictions[0]["mask_features"]
+        rows = features.flatten(2).mT.unbind()  # B times (h * w, C), without a copy if channels are last
+        embed = [torch.cat([p["mask_embed"][b, q] for p, q in image]) for b, image in enumerate(chosen)]
+        mask_logits = torch.cat([e @ row.T for e, row in zip(embed, rows)])
+        return mask_logits.float().unflatten(1, features.shape[2:])
 
     def match(self, outputs: dict, targets: list[dict]) -> list[list]:
         """The pairs of every prediction and image, with one copy to the CPU, all that is read from a GPU."""
@@ -254,6 +256,6 @@ class SetCriterion(nn.Module):
         G, device = len(mask_logits), mask_logits.device
         candidates = torch.rand(int(self.num_points * self.oversample_ratio), 2, device=device)
         num_uncertain = int(self.num_points * self.importance_sample_ratio)
-        uncertainty = -sample_points(mask_logits, candidates.expand(G, -1, -1)).abs()
+        uncertainty = -sample_points(mask_logits, candidates[None]).abs()
         points = candidates[uncertainty.topk(num_uncertain, dim=1, sorted=False).indices]
         return torch.cat([points, torch.rand(G, self.num_points - num_uncertain, 2, device=device)], dim=1)

@@ -60,13 +60,13 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - self.started[1]
 
 
-def ours(folder, images, targets):
+def ours(folder, images, targets, precision="fp32"):
     import engine
     from matcher import SetCriterion
     from model import Mask2Former, convert_state_dict
     from weights import _read
 
-    engine.start_processes("cpu")
+    device = engine.start_processes("cpu", precision)
     model = Mask2Former(CLASSES, "resnet50").train()
     model.load_state_dict(convert_state_dict(_read(folder / "model.safetensors")))
     criterion = SetCriterion(CLASSES)
@@ -76,9 +76,15 @@ def ours(folder, images, targets):
 
     def step():
         model.zero_grad(set_to_none=True)
-        sum(criterion(model(images), targets).values()).backward()
+        with engine.autocast(device):
+            outputs = model(images)
+        sum(criterion(outputs, targets).values()).backward()
 
     return step, clock, model
+
+
+def ours_bf16(folder, images, targets):
+    return ours(folder, images, targets, "bf16")
 
 
 def theirs(folder, images, targets):
@@ -108,7 +114,7 @@ def theirs(folder, images, targets):
     return step, clock, model
 
 
-def guided(folder, images, targets):
+def guided(folder, images, targets, precision="fp32"):
     """The step of phase 3: losses on labelled and unlabelled images, backward, optimiser, EMA."""
     import copy
     from types import SimpleNamespace
@@ -118,7 +124,7 @@ def guided(folder, images, targets):
     from distill import ema_update
     from matcher import SetCriterion
 
-    _, clock, student = ours(folder, images, targets)
+    _, clock, student = ours(folder, images, targets, precision)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
     teacher._forward_hooks.clear()
     criterion, optimizer = SetCriterion(CLASSES), engine.make_optimizer(student, 1e-4, 0.05, 0.1)
@@ -143,7 +149,11 @@ def guided(folder, images, targets):
     return step, Clock(), student
 
 
-SIDES = {"ours": ours, "theirs": theirs, "guided": guided}
+def guided_bf16(folder, images, targets):
+    return guided(folder, images, targets, "bf16")
+
+
+SIDES = {side.__name__: side for side in (ours, ours_bf16, theirs, guided, guided_bf16)}
 
 
 def work(side, folder, flags):
@@ -228,34 +238,32 @@ def main():
         backbone = TimmBackboneConfig(backbone="resnet50", out_indices=(1, 2, 3, 4))
         config = Mask2FormerConfig(backbone_config=backbone, num_labels=CLASSES, dropout=0.0)
         Mask2FormerForUniversalSegmentation(config).save_pretrained(folder)
-        pair = [flags.only] if flags.only else ["ours", "theirs"]
-        processes = {side: start(side, folder, flags) for side in pair}
-        results = {side: [] for side in pair}
-        for number in range(flags.rounds + 1):
-            for side, process in processes.items():
-                result = ask(process)
-                if number:  # the first warms up
-                    results[side].append(result)
-        for process in processes.values():
-            process.stdin.close()
-            process.wait()
-        rows = {side: summary(result) for side, result in results.items()}
-        names = list(next(iter(rows.values()))[2])
-        print(f"\n{'seconds':10}{'step':>9}" + "".join(f"{name:>15}" for name in names) + f"{'peak GiB':>12}")
-        for side, (seconds, peak, parts) in rows.items():
-            print(
-                f"{side:10}{seconds:9.3f}"
-                + "".join(f"{parts[name]:15.3f}" for name in names)
-                + f"{peak:12.2f}"
-            )
-        if not flags.only:
-            (a, a_peak, a_parts), (b, b_peak, b_parts) = rows["ours"], rows["theirs"]
-            ratios = "".join(f"{a_parts[name] / b_parts[name]:15.2f}" for name in names)
-            print(f"{'ratio':10}{a / b:9.2f}{ratios}{a_peak / b_peak:12.2f}")
-            process = start("guided", folder, flags)
-            seconds, peak, _ = summary([ask(process) for _ in range(flags.rounds + 1)][1:])
-            print(f"\nguided step of ours: {seconds:.3f} s, {peak:.2f} GiB; {seconds / b:.2f} of their step")
-            process.stdin.close()
+        chosen = [flags.only] if flags.only else list(SIDES)
+        rows = {}
+        for group in (("ours", "theirs", "ours_bf16"), ("guided", "guided_bf16")):
+            processes = {side: start(side, folder, flags) for side in group if side in chosen}
+            results = {side: [] for side in processes}
+            for number in range(flags.rounds + 1):
+                for side, process in processes.items():
+                    result = ask(process)
+                    if number:  # the first warms up
+                        results[side].append(result)
+            for process in processes.values():
+                process.stdin.close()
+                process.wait()
+            rows |= {side: summary(result) for side, result in results.items()}
+    names = ["backbone", "pixel_decoder", "decoder", "losses", "backward"]
+    print(f"\n{'seconds':12}{'step':>9}" + "".join(f"{name:>15}" for name in names) + f"{'peak GiB':>12}")
+    for side, (seconds, peak, parts) in rows.items():
+        columns = "".join(f"{parts[n]:15.3f}" if len(parts) > 1 else " " * 15 for n in names)
+        print(f"{side:12}{seconds:9.3f}{columns}{peak:12.2f}")
+    if flags.only:
+        return
+    print("\nof theirs")
+    seconds, peak, parts = rows.pop("theirs")
+    for side, (mine, my_peak, my_parts) in rows.items():
+        columns = "".join(f"{my_parts[n] / parts[n]:15.2f}" if len(my_parts) > 1 else " " * 15 for n in names)
+        print(f"{side:12}{mine / seconds:9.2f}{columns}{my_peak / peak:12.2f}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import engine
 from data import CocoDataset
 from model import Mask2Former
 from shapes import write_shapes
@@ -27,6 +28,12 @@ TINY = dict(
     decoder_ffn=32,
     backbone_args={"stem_type": "", "channels": [16, 16, 32, 32]},
 )
+
+
+@pytest.fixture(autouse=True)
+def fp32(monkeypatch):
+    """On every machine, unless a test asks otherwise: tests compare numbers."""
+    monkeypatch.setattr(engine, "bfloat16", False)
 
 
 @pytest.fixture

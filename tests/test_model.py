@@ -461,6 +461,24 @@ def test_the_model_is_seeded_by_torch_alone(make_model):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_many_tokens_through_a_convolution_are_the_same_linear_map(monkeypatch, fast, dtype, tolerance):
+    """Values and gradients, also of tokens that are not contiguous."""
+    monkeypatch.setattr(model, "fast_convolutions", lambda _: fast)
+    torch.manual_seed(0)
+    layer = model.Linear(6, 5).to(dtype)
+    x = torch.randn(2, 6, 2001, dtype=dtype).mT.requires_grad_()
+    grad = torch.randn(2, 2001, 5, dtype=dtype)
+    found = layer(x)
+    expected = x @ layer.weight.T + layer.bias
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    inputs = x, layer.weight, layer.bias
+    pairs = zip(torch.autograd.grad(found, inputs, grad), torch.autograd.grad(expected, inputs, grad))
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=100 * tolerance, atol=100 * tolerance)
+
+
 def test_under_autocast_samples_are_taken_where_fp32_takes_them():
     """A location rounded to bfloat16 would be off by up to an eighth of a pixel on a level 128 wide."""
     torch.manual_seed(0)

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import burnin
 import distill
 import engine
 from data import CocoDataset, View, Views
-from evaluate import evaluate
+from evaluate import evaluate, main
 from matcher import SetCriterion
 from model import Mask2Former
 from shapes import write_shapes
@@ -267,6 +268,7 @@ def test_one_step_of_two_processes_equals_one_step_of_one(tiny, tmp_path):
         (["--scale", "2,1"], "scale is a range of two numbers"),
         (["--device", "cuda"], "torch finds no GPU"),
         (["--device", "tpu"], "unknown --device 'tpu'"),
+        (["--precision", "fp16"], "unknown --precision 'fp16': bf16 or fp32"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_line_and_exit_code_2(tiny, tmp_path, capsys, flags, words):
@@ -338,6 +340,31 @@ def test_a_flag_overrides_the_preset_and_the_preset_the_default():
     assert parse("--data", "somewhere", "--preset", "cityscapes").crop == (512, 1024)
     assert parse("--steps", "300").steps == (300, 300, 300)
     assert parse("--data", "a/b/", "--ratio", "0.25").out == "runs/b-0.25"
+
+
+@pytest.mark.parametrize(
+    "precision, capable, expected",
+    [
+        ("bf16", False, torch.bfloat16),
+        ("fp32", True, torch.float32),
+        ("", True, torch.bfloat16),
+        ("", False, torch.float32),
+    ],
+)
+def test_models_run_in_the_precision_asked_for_or_in_bf16_where_it_is_fast(
+    monkeypatch, precision, capable, expected
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable})
+    device = engine.start_processes("cpu", precision)
+    with engine.autocast(device):
+        assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == expected
+
+
+def test_a_run_is_evaluated_in_its_precision_unless_asked_otherwise(finished):
+    out, _ = finished
+    for flags, expected in ([], False), (["--precision", "bf16"], True):
+        main([str(out / "distill.pt"), *flags])
+        assert engine.bfloat16 is expected
 
 
 def test_learning_rate_schedules_are_fractions_of_the_run():
