@@ -105,6 +105,9 @@ class Config:
     )
     warmup: float = knob(0.0, "share of a run over which the learning rate rises from zero")
     batch: int = knob(16, "labelled images a step, and as many unlabelled ones, over all processes")
+    accumulate: int = knob(
+        1, "parts in which a batch goes through the student: less memory, a third more time, the same result"
+    )
     num_points: int = knob(12544, "points on which masks are compared, in matching and losses")
     loss_weights: tuple = knob((2.0, 5.0, 5.0), "of class, mask BCE and dice, in matching and losses")
     no_object_weight: float = knob(0.1, 'weight of the class "no object" in the classification loss')
@@ -143,6 +146,10 @@ class Config:
             self.steps *= 3
         if len(self.steps) != 3 or min(self.steps) < 1:
             raise ValueError(f"--steps is one number or three, each at least 1, found {self.steps}")
+        if self.accumulate < 1 or (self.accumulate > 1 and self.norm == "batch"):
+            raise ValueError(
+                "--accumulate is at least 1, and 1 with --norm batch, whose statistics are a batch's"
+            )
         if min(self.log_every, self.save_every) < 1 or self.eval_every < 0:
             raise ValueError("--log-every and --save-every are at least 1, --eval-every at least 0")
         self.num_queries = self.num_queries or (200 if self.backbone == "swin_l" else 100)
@@ -254,14 +261,12 @@ def set_losses(criterion, outputs, targets, pairs=None) -> dict:
 
 def split(outputs: dict, first: int) -> tuple[dict, dict]:
     """The outputs of the first images of a batch, and of the others."""
-    parts = []
-    for part in (slice(None, first), slice(first, None)):
-        rows = [
-            Prediction({name: value[part] for name, value in prediction.items() if name != "aux_outputs"})
-            for prediction in (outputs, *outputs["aux_outputs"])
-        ]
-        parts.append(Prediction(rows[0], aux_outputs=rows[1:]))
-    return tuple(parts)
+    both = [
+        {name: value.split([first, len(value) - first]) for name, value in p.items() if name != "aux_outputs"}
+        for p in (outputs, *outputs["aux_outputs"])
+    ]
+    rows = [[Prediction({name: value[i] for name, value in p.items()}) for p in both] for i in range(2)]
+    return tuple(Prediction(last, aux_outputs=earlier) for last, *earlier in rows)
 
 
 def images(batch: list[dict], key: str, device) -> Tensor:

@@ -20,6 +20,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from data import seed_of
@@ -234,6 +235,33 @@ def autocast(device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
+class InParts(nn.Module):
+    """A model through which a batch goes in parts, one after the other. What a part needs for its backward
+    pass is made again then: memory of one part, one forward pass more, the gradient of the whole batch."""
+
+    def __init__(self, model: nn.Module, parts: int):
+        super().__init__()
+        self.model, self.parts = model, parts
+
+    def forward(self, images: Tensor):
+        keep_little = torch.utils.checkpoint.checkpoint
+        return join([keep_little(self.model, part, use_reentrant=False) for part in images.chunk(self.parts)])
+
+
+def join(parts: list, joined: dict | None = None):
+    """The outputs of a batch from those of its parts: tensors with the batch first, in dictionaries and
+    lists. A tensor that is there several times is joined once."""
+    joined = {} if joined is None else joined
+    first = parts[0]
+    if isinstance(first, dict):
+        return type(first)({name: join([part[name] for part in parts], joined) for name in first})
+    if isinstance(first, list):
+        return [join(rows, joined) for rows in zip(*parts)]
+    if id(first) not in joined:
+        joined[id(first)] = torch.cat(parts)
+    return joined[id(first)]
+
+
 class Run:
     """One phase of training: `for step in run:` sets seed and learning rate before the body, and logs and
     saves after it. In the body, `run.update(loss)` makes the optimiser's step; `run.log(name=value)` adds
@@ -266,12 +294,12 @@ class Run:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.first_step = checkpoint["step"]
             say(f"{phase}: resumed at step {self.first_step} of {steps} from {self.partial}")
-        self.student = student
+        if world_size() > 1 and device.type == "cuda":
+            self.model = timm.layers.convert_sync_batchnorm(student)
+        self.student = InParts(self.model, cfg.accumulate) if cfg.accumulate > 1 else self.model
         if world_size() > 1:
-            if device.type == "cuda":
-                self.model = timm.layers.convert_sync_batchnorm(student)
             ids = [device.index] if device.type == "cuda" else None
-            self.student = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+            self.student = nn.parallel.DistributedDataParallel(self.student, device_ids=ids)
         self.values, self.counts = {}, {}
         self.stop_signal = None
 
@@ -389,7 +417,7 @@ def duration(seconds: float) -> str:
 
 # What may differ between a run and the one that goes on from its checkpoints.
 BOOKKEEPING = {"root", "out", "preset", "workers", "device", "labels_only"}
-BOOKKEEPING |= {"log_every", "save_every", "eval_every"}
+BOOKKEEPING |= {"accumulate", "log_every", "save_every", "eval_every"}
 
 
 def finished(cfg, phase: str, **same) -> bool:

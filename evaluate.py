@@ -111,10 +111,11 @@ def coco_results(image_id, result: dict, category_ids) -> list[dict]:
     """An image's instances in COCO's result form: original category ids, masks as RLE."""
     masks = result["masks"].permute(1, 2, 0).to(torch.uint8).cpu().numpy()
     rles = rle_tools.encode(np.asfortranarray(masks))
+    columns = zip(rles, rle_tools.area(rles), result["labels"].tolist(), result["scores"].tolist())
     return [
         {"image_id": image_id, "category_id": category_ids[label], "segmentation": rle, "score": score}
-        for rle, label, score in zip(rles, result["labels"].tolist(), result["scores"].tolist())
-        if rle_tools.area(rle) > 0
+        for rle, area, label, score in columns
+        if area > 0
     ]
 
 
@@ -148,9 +149,11 @@ def mask_ap(dataset: CocoDataset, detections: list[dict]) -> dict:
         truth.createIndex()
         found = COCO()
         found.dataset = {**truth.dataset, "annotations": []}
-        for number, detection in enumerate(detections, start=1):
-            area = float(rle_tools.area(detection["segmentation"]))
-            found.dataset["annotations"].append({**detection, "id": number, "area": area, "iscrowd": 0})
+        areas = rle_tools.area([detection["segmentation"] for detection in detections]).tolist()
+        found.dataset["annotations"] = [
+            {**detection, "id": number, "area": area, "iscrowd": 0}
+            for number, (detection, area) in enumerate(zip(detections, areas), start=1)
+        ]
         found.createIndex()
         coco_eval = COCOeval(truth, found, "segm")
         coco_eval.evaluate()

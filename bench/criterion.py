@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from step import CLASSES, make_batch
+from sides import CLASSES, make_batch
 
 import engine
 from matcher import SetCriterion

@@ -9,6 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+import engine
 from burnin import guided_step, pseudo_labels, set_losses, split, supervised_step
 from distill import ema_update
 from matcher import SetCriterion
@@ -209,6 +210,33 @@ def test_the_guided_step_is_the_supervised_loss_and_the_loss_against_pseudo_labe
     for name in losses:
         torch.testing.assert_close(losses[name], expected[name], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(guided_losses[name], guided_expected[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("parts, sizes", [(2, [3, 3]), (4, [2, 2, 2]), (9, [1] * 6)])
+def test_a_batch_in_parts_has_the_losses_and_the_gradient_of_the_whole(make_model, step, parts, sizes):
+    labelled, unlabelled = batches(3)
+    results = []
+    for wrap in (lambda model: model, lambda model: engine.InParts(model, parts)):
+        spy = Spy(make_model(seed=1))
+        torch.manual_seed(5)
+        losses, guided_losses, targets = guided_step(
+            wrap(spy), step.teacher, step.criterion, labelled, unlabelled, step.cfg, CPU
+        )
+        (sum(losses.values()) + 2 * sum(guided_losses.values())).backward()
+        results.append([*losses.values(), *guided_losses.values(), *(p.grad for p in spy.parameters())])
+    assert sum(len(target["labels"]) for target in targets) > 0
+    assert sorted(len(images) for images in spy.seen) == sorted(2 * sizes)  # forward, and again for backward
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_predictions_share_is_joined_once():
+    parts = [{"x": torch.ones(n, 2), "rest": [{"y": torch.zeros(n)}]} for n in (1, 2)]
+    for part in parts:
+        part["rest"][0]["x"] = part["x"]
+    whole = engine.join(parts)
+    assert whole["x"].shape == (3, 2) and whole["rest"][0]["y"].shape == (3,)
+    assert whole["x"] is whole["rest"][0]["x"]
 
 
 class HostReads(TorchFunctionMode):

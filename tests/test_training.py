@@ -232,11 +232,12 @@ if engine.rank() == 0:
 
 
 def test_one_step_of_two_processes_equals_one_step_of_one(tiny, tmp_path):
-    """Half the batch each, the same objects in either half: the gradients agree."""
+    """Half the batch each, and that in two parts, the same objects in either half: the gradients agree."""
     script = tmp_path / "script.py"
     script.write_text(ONE_STEP)
     for processes in (1, 2):
         flags = [tmp_path / f"{processes}.pt", "--data", tiny, *TINY, "--device", "cpu", "--clip", "0"]
+        flags += ["--accumulate", processes]
         run(script, *flags, "--out", tmp_path / "out", processes=processes, cwd=tmp_path)
     one, two = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
     for name in one:
@@ -264,6 +265,8 @@ def test_one_step_of_two_processes_equals_one_step_of_one(tiny, tmp_path):
         (["--split", "missing.txt"], "the split 'missing.txt' cannot be read"),
         (["--unlabelled", "missing"], "no folder 'missing' of unlabelled images"),
         (["--save-every", "0"], "--save-every are at least 1"),
+        (["--accumulate", "0"], "--accumulate is at least 1"),
+        (["--accumulate", "2", "--norm", "batch"], "and 1 with --norm batch"),
         (["--scale", "2.0"], "scale is a range of two numbers"),
         (["--scale", "2,1"], "scale is a range of two numbers"),
         (["--device", "cuda"], "torch finds no GPU"),
