@@ -55,7 +55,7 @@ class HungarianMatcher(nn.Module):
     """Finds for each image the one-to-one matching of queries to objects that costs least.
 
     The cost of a pair is cost_class * -p(class) + cost_mask * mean BCE + cost_dice * dice, the masks
-    compared on num_points random points of the image."""
+    compared on num_points random points of the image, the same for all predictions."""
 
     def __init__(
         self,

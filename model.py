@@ -201,9 +201,12 @@ def resize(maps: Tensor, size) -> Tensor:
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
+AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def fast_convolutions(x: Tensor) -> bool:
     """Whether x is on a CPU that convolves with channels last near its peak rate."""
-    return x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return x.device.type == "cpu" and AVX512
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

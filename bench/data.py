@@ -1,6 +1,7 @@
 """How fast training views are made: images per second of one core, side by side with two peers.
 
     python bench/data.py
+    python bench/data.py --files 1000000    # instead: what so many unlabelled files cost at a run's start
 
 On JPEGs of COCO's size with 7 polygons each, made on the spot, cut by the paper's large-scale jitter into
 1024 x 1024 crops. "labelled" is the weak view with its masks, "unlabelled" the weak and the strong view. The
@@ -11,6 +12,7 @@ timed in turn, round by round; medians over rounds."""
 import argparse
 import json
 import platform
+import resource
 import statistics
 import sys
 import tempfile
@@ -26,7 +28,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import CocoDataset, Geometry, View, Views, strong_view, to_rle  # noqa: E402
+from data import CocoDataset, Geometry, Pool, StepSampler, View, Views, strong_view, to_rle  # noqa: E402
 
 SIZE, OBJECTS = (480, 640), 7
 
@@ -137,14 +139,40 @@ def detectron2_order(dataset, view):
     return labelled, unlabelled
 
 
+def many_files(number):
+    """Seconds until the pool knows them, MiB of its list, GiB of this process at its peak, and seconds of the
+    first batch of names."""
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = write_images(Path(folder), 1)
+        for n in range(number):
+            file = Path(folder) / "files" / f"{n // 1000:06d}" / f"{n:09d}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        start = time.perf_counter()
+        pool = Pool(dataset, [Path(folder) / "files"])
+        listed = time.perf_counter() - start
+        arrays = sum(array.nbytes for array in vars(pool._paths).values()) / 2**20
+        start = time.perf_counter()
+        next(iter(StepSampler(pool.image_ids, batch=16, seed=0)))
+        seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"{number} empty files, 1,000 in each folder: listed in {listed:.2f} s, {arrays:.1f} MiB of arrays,"
+    )
+    print(f"first batch of keys after {seconds:.2f} s; this process at its peak {peak:.2f} GiB")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--files", type=int, help="measure a pool of so many files instead")
     flags = parser.parse_args()
     torch.set_num_threads(1)
+    if flags.files:
+        return many_files(flags.files)
     print(f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         dataset = write_images(Path(folder), flags.images)

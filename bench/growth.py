@@ -101,7 +101,8 @@ def plot(found, file):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(found), figsize=(3 * len(found), 3.2), layout="constrained")
+    size = 3 * len(found), 3.2
+    figure, axes = plt.subplots(1, len(found), figsize=size, sharey=True, layout="constrained")
     for axis, (name, rows) in zip(axes, found.items()):
         values, seconds, memory = zip(*(row for row in rows if row[0]))  # 0 has no logarithm
         expected = GROWTH[name][3] if name in GROWTH else 0.0
@@ -112,6 +113,7 @@ def plot(found, file):
         axis.set_xticks(values, [str(value) for value in values])
         axis.minorticks_off()
         axis.set_xlabel(name)
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.legend(fontsize=7)
     figure.savefig(file, dpi=110)
 
