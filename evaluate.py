@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
@@ -27,7 +26,7 @@ from torch import Tensor
 import cityscapes
 import engine
 from data import CocoDataset, DataError, find_data, test_size, to_rle, to_tensor
-from model import Mask2Former
+from model import Mask2Former, resize
 from weights import read_weights
 
 
@@ -41,20 +40,22 @@ def instances(outputs: dict, image_sizes, output_sizes=None, top_k: int = 100) -
     "masks" (N, H, W) bool."""
     results = []
     for b, image_size in enumerate(image_sizes):
+        output_size = tuple(output_sizes[b] if output_sizes is not None else image_size)
         probabilities = outputs["pred_logits"][b].float().softmax(-1)[:, :-1]  # (Q, K)
         K = probabilities.shape[1]
         scores, best = probabilities.flatten().topk(min(top_k, probabilities.numel()))
         kept, inverse = (best // K).unique(return_inverse=True)  # a query counts once for several classes
-        mask_logits = outputs["pred_masks"][b, kept].float()[None]  # (1, kept, h, w)
-        padded = [4 * side for side in mask_logits.shape[-2:]]
-        mask_logits = F.interpolate(mask_logits, size=padded, mode="bilinear", align_corners=False)
-        mask_logits = mask_logits[..., : image_size[0], : image_size[1]]
-        output_size = tuple(output_sizes[b] if output_sizes is not None else image_size)
-        if output_size != tuple(mask_logits.shape[-2:]):
-            mask_logits = F.interpolate(mask_logits, size=output_size, mode="bilinear", align_corners=False)
-        mask_logits = mask_logits[0]
-        masks = mask_logits > 0
-        mask_scores = (mask_logits.sigmoid() * masks).sum((1, 2)) / (masks.sum((1, 2)) + 1e-6)
+        masks, mask_scores = [], []
+        for mask_logits in outputs["pred_masks"][b, kept].float().split(8):  # so few stay in a CPU's cache
+            padded = [4 * side for side in mask_logits.shape[-2:]]
+            mask_logits = resize(mask_logits[None], padded)[..., : image_size[0], : image_size[1]]
+            if output_size != tuple(mask_logits.shape[-2:]):
+                mask_logits = resize(mask_logits, output_size)
+            mask_logits = mask_logits[0]
+            masks.append(mask_logits > 0)
+            inside = mask_logits.sigmoid().mul_(masks[-1]).sum((1, 2))
+            mask_scores.append(inside / (masks[-1].sum((1, 2)) + 1e-6))
+        masks, mask_scores = torch.cat(masks), torch.cat(mask_scores)
         scores, order = (scores * mask_scores[inverse]).sort(descending=True)
         results.append({"scores": scores, "labels": best[order] % K, "masks": masks[inverse[order]]})
     return results
@@ -111,11 +112,10 @@ def coco_results(image_id, result: dict, category_ids) -> list[dict]:
     """An image's instances in COCO's result form: original category ids, masks as RLE."""
     masks = result["masks"].permute(1, 2, 0).to(torch.uint8).cpu().numpy()
     rles = rle_tools.encode(np.asfortranarray(masks))
-    columns = zip(rles, rle_tools.area(rles), result["labels"].tolist(), result["scores"].tolist())
     return [
         {"image_id": image_id, "category_id": category_ids[label], "segmentation": rle, "score": score}
-        for rle, area, label, score in columns
-        if area > 0
+        for rle, label, score in zip(rles, result["labels"].tolist(), result["scores"].tolist())
+        if rle_tools.area(rle) > 0
     ]
 
 
@@ -149,11 +149,9 @@ def mask_ap(dataset: CocoDataset, detections: list[dict]) -> dict:
         truth.createIndex()
         found = COCO()
         found.dataset = {**truth.dataset, "annotations": []}
-        areas = rle_tools.area([detection["segmentation"] for detection in detections]).tolist()
-        found.dataset["annotations"] = [
-            {**detection, "id": number, "area": area, "iscrowd": 0}
-            for number, (detection, area) in enumerate(zip(detections, areas), start=1)
-        ]
+        for number, detection in enumerate(detections, start=1):
+            area = float(rle_tools.area(detection["segmentation"]))
+            found.dataset["annotations"].append({**detection, "id": number, "area": area, "iscrowd": 0})
         found.createIndex()
         coco_eval = COCOeval(truth, found, "segm")
         coco_eval.evaluate()

@@ -1,6 +1,6 @@
 """Matching and losses, forward and backward, of ours beside Hugging Face's Mask2Former on the same outputs
-and targets, in turn in one process. Both begin at query embeddings and mask features, of which theirs makes
-the masks of all queries, ours those that it needs.
+and targets, in turn in one process. Both begin at query embeddings and mask features, laid out in memory as
+their models do it; theirs makes the masks of all queries of these, ours those that it needs.
 
     python bench/criterion.py                      # 512 x 512, 2 images, 7 objects each
     python bench/criterion.py --objects 100
@@ -20,6 +20,7 @@ from sides import CLASSES, make_batch
 
 import engine
 from matcher import SetCriterion
+from model import fast_convolutions
 
 
 def hugging_face(num_points):
@@ -61,7 +62,11 @@ def main():
     engine.keep_freed_memory()  # for both
     _, targets = make_batch(flags.size, flags.batch, flags.objects)
     side, C = flags.size // 4, 256
-    features = (torch.randn(flags.batch, C, side, side) / C**0.5).requires_grad_()
+    their_features = (torch.randn(flags.batch, C, side, side) / C**0.5).requires_grad_()
+    features = their_features.detach().clone()
+    if fast_convolutions(features):
+        features = features.contiguous(memory_format=torch.channels_last)
+    features.requires_grad_()
     predictions = [
         {
             "pred_logits": torch.randn(flags.batch, flags.queries, CLASSES + 1).requires_grad_(),
@@ -70,7 +75,7 @@ def main():
         }
         for _ in range(10)
     ]
-    inputs = [features] + [p[name] for p in predictions for name in ("pred_logits", "mask_embed")]
+    inputs = [p[name] for p in predictions for name in ("pred_logits", "mask_embed")]
     criterion, peer = SetCriterion(CLASSES, num_points=flags.points), hugging_face(flags.points)
 
     def ours():
@@ -80,20 +85,20 @@ def main():
         made = [
             {
                 "pred_logits": p["pred_logits"],
-                "pred_masks": torch.einsum("bqc,bchw->bqhw", p["mask_embed"], features),
+                "pred_masks": torch.einsum("bqc,bchw->bqhw", p["mask_embed"], their_features),
             }
             for p in predictions
         ]
         return peer({**made[-1], "aux_outputs": made[:-1]}, targets)
 
-    sides = {"ours": ours, "theirs": theirs}
+    sides = {"ours": (ours, features), "theirs": (theirs, their_features)}
     seconds = {name: [] for name in sides}
     for _ in range(flags.rounds + 1):
-        for name, loss in sides.items():
+        for name, (loss, maps) in sides.items():
             start = time.perf_counter()
             value = loss()
             middle = time.perf_counter()
-            torch.autograd.grad(value, inputs)
+            torch.autograd.grad(value, [maps, *inputs])
             seconds[name].append((middle - start, time.perf_counter() - middle))
     print(f"{flags.batch} images of {flags.size} x {flags.size}, {flags.objects} objects each")
     print(f"{flags.queries} queries, {flags.points} points, 10 predictions")

@@ -86,7 +86,7 @@ class Clock:
         self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.started
 
 
-def parse(description, sides, **defaults):
+def parse(description, sides, usual=None, **defaults):
     """The flags; or, in a process of take_turns, never back from here: it serves its side."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -96,7 +96,9 @@ def parse(description, sides, **defaults):
     parser.add_argument(
         "--allocator", action="store_true", help="all keep freed memory (environment variables)"
     )
-    parser.add_argument("--only", nargs="+", choices=sides, default=list(sides), help="time these alone")
+    parser.add_argument(
+        "--only", nargs="+", choices=sides, default=usual or list(sides), help="time these alone"
+    )
     parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     flags = parser.parse_args()

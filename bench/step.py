@@ -4,6 +4,7 @@ images and targets; processes that take turns, each as a user would start it.
     python bench/step.py                          # 512 x 512, 2 images, 7 objects each, R50
     python bench/step.py --size 256 --rounds 9
     python bench/step.py --allocator              # all with the allocator told to keep what is freed
+    python bench/step.py --only ours ours_plain ours_compiled
 
 It prints medians, peak memory, where the time goes, and what share of theirs it is. Theirs runs in fp32,
 ours in fp32 and in bf16. "guided" is the guided step of ours: as many labelled and unlabelled images, a
@@ -31,6 +32,7 @@ from sides import (
 )
 
 import engine
+import model
 from burnin import guided_step
 from distill import ema_update
 from matcher import SetCriterion
@@ -38,18 +40,18 @@ from matcher import SetCriterion
 PARTS = ["backbone", "pixel_decoder", "decoder", "losses", "backward"]
 
 
-def ours(flags, precision="fp32"):
+def ours(flags, precision="fp32", compiled=False):
     device = engine.start_processes("cpu", precision)
     images, targets = make_batch(flags.size, flags.batch, flags.objects)
-    model, criterion = load_ours(flags.folder).train(), SetCriterion(CLASSES)
-    clock = Clock(
-        backbone=model.backbone, pixel_decoder=model.pixel_decoder, decoder=model.decoder, losses=criterion
-    )
+    student, criterion = load_ours(flags.folder).train(), SetCriterion(CLASSES)
+    parts = dict(backbone=student.backbone, pixel_decoder=student.pixel_decoder, decoder=student.decoder)
+    clock = Clock(losses=criterion, **({} if compiled else parts))
+    called = torch.compile(student) if compiled else student
 
     def step():
-        model.zero_grad(set_to_none=True)
+        student.zero_grad(set_to_none=True)
         with engine.autocast(device):
-            outputs = model(images)
+            outputs = called(images)
         loss = sum(criterion(outputs, targets).values())
         with clock("backward"):
             loss.backward()
@@ -61,10 +63,22 @@ def ours_bf16(flags):
     return ours(flags, "bf16")
 
 
+def ours_plain(flags):
+    """As on a CPU without AVX-512: channels first, matrix products for all tokens."""
+    model.AVX512 = False
+    return ours(flags)
+
+
+def ours_compiled(flags):
+    step, clock = ours(flags, compiled=True)
+    step()  # compiles, for minutes
+    return step, clock
+
+
 def theirs(flags):
     images, targets = make_batch(flags.size, flags.batch, flags.objects)
-    model = load_theirs(flags.folder).train()
-    parts = model.model
+    peer = load_theirs(flags.folder).train()
+    parts = peer.model
     for name, parameter in parts.pixel_level_module.encoder.named_parameters():
         parameter.requires_grad_("bn" not in name and "downsample.1" not in name)  # frozen, as officially
     for module in parts.pixel_level_module.encoder.modules():
@@ -74,14 +88,14 @@ def theirs(flags):
         backbone=parts.pixel_level_module.encoder,
         pixel_decoder=parts.pixel_level_module.decoder,
         decoder=parts.transformer_module,
-        losses=model.criterion,
+        losses=peer.criterion,
     )
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
     labels, masks = [t["labels"] for t in targets], [t["masks"].float() for t in targets]
 
     def step():
-        model.zero_grad(set_to_none=True)
-        loss = model(pixel_values=(images - mean) / std, mask_labels=masks, class_labels=labels).loss
+        peer.zero_grad(set_to_none=True)
+        loss = peer(pixel_values=(images - mean) / std, mask_labels=masks, class_labels=labels).loss
         with clock("backward"):
             loss.backward()
 
@@ -131,12 +145,14 @@ def guided_in_parts(flags):
 
 
 def main():
-    sides = {side.__name__: side for side in (ours, theirs, ours_bf16)}
-    sides |= {side.__name__: side for side in (guided, guided_bf16, guided_in_parts)}
-    flags = parse(__doc__, sides, unlabelled=0)  # 0: as many as labelled ones
+    single, whole = (ours, theirs, ours_bf16), (guided, guided_bf16, guided_in_parts)
+    more = ours_plain, ours_compiled  # when asked for
+    sides = {side.__name__: side for side in (*single, *whole, *more)}
+    usual = [side.__name__ for side in (*single, *whole)]
+    flags = parse(__doc__, sides, usual, unlabelled=0)  # 0: as many as labelled ones
     headline(flags)
-    rows = take_turns(__file__, ("ours", "theirs", "ours_bf16"), flags)
-    rows |= take_turns(__file__, ("guided", "guided_bf16", "guided_in_parts"), flags)
+    rows = take_turns(__file__, [side.__name__ for side in (*single, *more)], flags)
+    rows |= take_turns(__file__, [side.__name__ for side in whole], flags)
     names = ["step", *PARTS, "peak GiB"]
     table("seconds", rows, [*names, "pseudo-labels"])
     if "theirs" in rows:
