@@ -210,7 +210,7 @@ def fast_convolutions(x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.linear, for many tokens (B, S, C) on such a CPU by a 1 x 1 convolution, a fifth faster there."""
+    """F.linear, for many tokens (B, S, C) on such a CPU by a 1 x 1 convolution, which is faster there."""
     if x.ndim == 3 and x.shape[1] > 2000 and fast_convolutions(x) and x.dtype != torch.float64:
         image = x.flatten(0, 1)[None, None].permute(0, 3, 1, 2)  # (1, C, 1, B * S)
         tokens = F.conv2d(image, weight[:, :, None, None], bias).squeeze((0, 2)).T
@@ -219,6 +219,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
+    """nn.Linear for few tokens and for many."""
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
 
@@ -711,7 +713,7 @@ class FeedForward(nn.Sequential):
         nn.init.xavier_uniform_(self[2].weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        first, _, second = self
+        first, _, second = self  # in place where no graph is wanted
         return second(F.relu(first(x), inplace=not torch.is_grad_enabled()))
 
 
