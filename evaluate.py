@@ -46,18 +46,19 @@ def instances(outputs: dict, image_sizes, output_sizes=None, top_k: int = 100) -
         scores, best = probabilities.flatten().topk(min(top_k, probabilities.numel()))
         kept, inverse = (best // K).unique(return_inverse=True)  # a query counts once for several classes
         masks, mask_scores = [], []
-        for mask_logits in outputs["pred_masks"][b, kept].float().split(8):  # so few stay in a CPU's cache
+        # Columns first, as COCO's encoding has them; and so few at a time that they stay in a CPU's cache.
+        for mask_logits in outputs["pred_masks"][b, kept].float().mT.split(8):
             padded = [4 * side for side in mask_logits.shape[-2:]]
-            mask_logits = resize(mask_logits[None], padded)[..., : image_size[0], : image_size[1]]
-            if output_size != tuple(mask_logits.shape[-2:]):
-                mask_logits = resize(mask_logits, output_size)
+            mask_logits = resize(mask_logits[None], padded)[..., : image_size[1], : image_size[0]]
+            if output_size[::-1] != tuple(mask_logits.shape[-2:]):
+                mask_logits = resize(mask_logits, output_size[::-1])
             mask_logits = mask_logits[0]
             masks.append(mask_logits > 0)
             inside = mask_logits.sigmoid().mul_(masks[-1]).sum((1, 2))
             mask_scores.append(inside / (masks[-1].sum((1, 2)) + 1e-6))
         masks, mask_scores = torch.cat(masks), torch.cat(mask_scores)
         scores, order = (scores * mask_scores[inverse]).sort(descending=True)
-        results.append({"scores": scores, "labels": best[order] % K, "masks": masks[inverse[order]]})
+        results.append({"scores": scores, "labels": best[order] % K, "masks": masks[inverse[order]].mT})
     return results
 
 
@@ -110,8 +111,8 @@ def is_cityscapes(dataset: CocoDataset | None) -> bool:
 
 def coco_results(image_id, result: dict, category_ids) -> list[dict]:
     """An image's instances in COCO's result form: original category ids, masks as RLE."""
-    masks = result["masks"].permute(1, 2, 0).to(torch.uint8).cpu().numpy()
-    rles = rle_tools.encode(np.asfortranarray(masks))
+    masks = result["masks"].mT.contiguous().view(torch.uint8).cpu().numpy()  # (N, W, H)
+    rles = rle_tools.encode(masks.transpose(2, 1, 0))
     return [
         {"image_id": image_id, "category_id": category_ids[label], "segmentation": rle, "score": score}
         for rle, label, score in zip(rles, result["labels"].tolist(), result["scores"].tolist())

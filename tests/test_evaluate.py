@@ -160,6 +160,15 @@ def test_the_truth_has_an_ap_of_100(shapes):
     assert ap["per_class"] == {name: 100 if name in present else -1 for name in val.class_names}
 
 
+def test_many_detections_are_welcome(shapes):
+    """pycocotools cannot take the areas of more than 255 masks at once."""
+    _, val = load_data(str(shapes))
+    detections = truth_as_detections(val)
+    copies = [{**d, "score": 0.01} for d in detections for _ in range(300 // len(detections) + 1)]
+    assert len(copies) > 255
+    assert mask_ap(val, [*detections, *copies])["AP"] == 100
+
+
 def test_no_prediction_has_an_ap_of_0(shapes):
     _, val = load_data(str(shapes))
     ap = mask_ap(val, [])
