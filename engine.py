@@ -127,8 +127,8 @@ bfloat16 = None  # whether `autocast` is in bfloat16; None: where the device doe
 
 def start_processes(device: str = "", precision: str = "") -> torch.device:
     """Joins the processes of torchrun, if any, and returns this process's device. device: "cuda", "mps",
-    "cpu", or "" for the best there is. precision: "bf16" or "fp32" of the model's passes in this process, or
-    "" for what the device does well."""
+    "cpu", or "" for the best there is. precision: of the model's passes in this process: "bf16",
+    "fp32" (then without TF32), or "" for bf16 where the device does it well."""
     global bfloat16
     if precision not in ("", "bf16", "fp32"):
         raise ValueError(f"unknown --precision {precision!r}: bf16 or fp32")
@@ -226,7 +226,7 @@ def lr_factor(schedule: str, progress: float, warmup: float = 0.0, drops=(0.8889
 
 
 def autocast(device: torch.device):
-    """bfloat16 or fp32, as start_processes was told."""
+    """bfloat16 or fp32, as start_processes was told, or bfloat16 where the device does it well."""
     if device.type == "cpu":
         does_it_well = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
     else:

@@ -87,11 +87,12 @@ class HungarianMatcher(nn.Module):
         for b, target in enumerate(targets):
             class_logits = torch.stack([p["pred_logits"][b] for p in predictions])
             if "mask_embed" in predictions[0]:
-                maps, embed = predictions[0]["mask_features"][b], [p["mask_embed"][b] for p in predictions]
+                maps = predictions[0]["mask_features"][b]
+                embed = torch.cat([p["mask_embed"][b] for p in predictions])
             else:
                 maps, embed = torch.cat([p["pred_masks"][b] for p in predictions]), None
             points = torch.rand(self.num_points, 2, device=maps.device)
-            costs.append(self.costs(class_logits, maps, embed and torch.cat(embed), target, points))
+            costs.append(self.costs(class_logits, maps, embed, target, points))
         flat = torch.cat([cost.flatten() for cost in costs]).cpu()
         if not flat.isfinite().all():
             raise FloatingPointError("the matching costs are not finite: the model's outputs are not")
@@ -181,14 +182,15 @@ class SetCriterion(nn.Module):
         num_objects = torch.as_tensor(num_objects).clamp(min=1)
 
         with torch.autocast(class_logits.device.type, enabled=False):
-            matched = self.matched(pairs, targets).to(class_logits.device, non_blocking=True)
-            layer, image, query, objects = matched
+            matched = self.matched(pairs, targets)
+            most = max(matched[4].tolist(), default=-1) + 1  # pairs of one object
+            layer, image, query, objects, earlier = matched.to(class_logits.device, non_blocking=True)
             labels = torch.cat([target["labels"] for target in targets])[objects]
             masks = torch.cat([target["masks"] for target in targets])
             loss_ce = self.class_losses(class_logits, layer, image, query, labels)  # (T,)
             T, numbers = len(predictions), [[len(query) for query, _ in images] for images in zip(*pairs)]
             mask_logits = self.matched_masks(predictions, query, numbers)
-            mask_losses = self.mask_losses(mask_logits, masks, objects, layer, T)  # (2, G)
+            mask_losses = self.mask_losses(mask_logits, masks, objects, earlier, most)  # (2, G)
             loss_mask, loss_dice = mask_losses.new_zeros(2, T).index_add(1, layer, mask_losses) / num_objects
 
         names = [f"_{t}" for t in range(T - 1)] + [""]
@@ -196,15 +198,19 @@ class SetCriterion(nn.Module):
         return {f"{key}{name}": w * loss[t] for key, w, loss in losses for t, name in enumerate(names)}
 
     def matched(self, pairs, targets) -> Tensor:
-        """(4, G) on the CPU: per matched pair its prediction, image, query, and object, counted over the
-        batch; image after image."""
+        """(5, G) on the CPU: per matched pair its prediction, image, query, and object, counted over the
+        batch, and how many earlier pairs have the same object; image after image."""
         starts = torch.tensor([0] + [len(target["labels"]) for target in targets]).cumsum(0)
         parts = [
             torch.stack([torch.full_like(query, t), torch.full_like(query, b), query, target + starts[b]])
             for b, images in enumerate(zip(*pairs))
             for t, (query, target) in enumerate(images)
         ]
-        return torch.cat(parts, dim=1)
+        matched = torch.cat(parts, dim=1)
+        objects, order = matched[3].sort(stable=True)
+        earlier = torch.empty_like(objects)
+        earlier[order] = torch.arange(len(objects)) - torch.searchsorted(objects, objects)
+        return torch.cat([matched, earlier[None]])
 
     def matched_masks(self, predictions: list[dict], query: Tensor, numbers: list[list[int]]) -> Tensor:
         """(G, h, w) mask logits of the matched queries (G,), of which an image has numbers[b][t] in each
@@ -233,18 +239,19 @@ class SetCriterion(nn.Module):
         losses = F.cross_entropy(class_logits.flatten(0, 2), classes.flatten(), reduction="none")
         return (weights * losses.view_as(weights)).sum((1, 2)) / weights.sum((1, 2))
 
-    def mask_losses(self, mask_logits, masks, objects, layer, T):
-        """(2, G): BCE and dice, on points, of mask_logits (G, h, w), each of one of T predictions, layer
-        (G,), with masks[objects].
+    def mask_losses(self, mask_logits, masks, objects, earlier, most):
+        """(2, G): BCE and dice, on points, of mask_logits (G, h, w) with masks[objects].
 
-        masks: of all objects of the batch, (N, H, W); objects: (G,) indices."""
+        masks: of all objects of the batch, (N, H, W); objects: (G,) indices; earlier: (G,), each pair's
+        number among those of its object, below `most`."""
         points = self.uncertain_points(mask_logits.detach())
         x = sample_points(mask_logits, points)  # (G, P)
-        # A mask is sampled once at the points of all predictions, and few of them are floats at a time.
-        theirs = points.new_zeros(len(masks), T, *points.shape[1:])
-        theirs[objects, layer] = points
-        chunks = zip(masks.split(16), theirs.flatten(1, 2).split(16))
-        t = torch.cat([sample_points(*chunk) for chunk in chunks]).view(theirs.shape[:3])[objects, layer]
+        # A mask is sampled once at the points of all its pairs, and few masks are floats at a time.
+        by_object = points.new_zeros(len(masks), most, *points.shape[1:])
+        by_object[objects, earlier] = points
+        chunks = zip(masks.split(16), by_object.flatten(1, 2).split(16))
+        t = torch.cat([sample_points(*chunk) for chunk in chunks]).view(by_object.shape[:3])
+        t = t[objects, earlier]  # (G, P)
         bce = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1)
         p = x.sigmoid()
         dice = 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)

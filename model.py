@@ -713,7 +713,7 @@ class FeedForward(nn.Sequential):
         nn.init.xavier_uniform_(self[2].weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        first, _, second = self  # in place where no graph is wanted
+        first, _, second = self  # the ReLU in place where no graph is wanted
         return second(F.relu(first(x), inplace=not torch.is_grad_enabled()))
 
 

@@ -30,6 +30,7 @@ from sides import (
     load_ours,
     load_theirs,
     make_batch,
+    normalised,
     parse,
     ratios,
     table,
@@ -74,12 +75,11 @@ def theirs(flags):
     model, clock, sizes = load_theirs(flags.folder).eval(), Clock(), [(flags.size, flags.size)] * flags.batch
     processor = Mask2FormerImageProcessor()
     images, _ = make_batch(flags.size, flags.batch, 0)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
 
     @torch.inference_mode()
     def step():
         with clock("forward"):
-            outputs = model((images - mean) / std)
+            outputs = model(normalised(images))
         with clock("instances"):
             results = processor.post_process_instance_segmentation(
                 outputs, threshold=0.0, target_sizes=sizes, return_binary_maps=True

@@ -1,7 +1,7 @@
 """How time and memory of a training step of ours grow, each with one thing, and with which power of it: R50,
 fp32, 2 images of 256 x 256, 7 objects each and 100 queries where nothing else is said.
 
-    python bench/growth.py                         # about 12 minutes on two cores
+    python bench/growth.py                         # some minutes on two cores
     python bench/growth.py --plot bench/growth.png # needs matplotlib
 
 The guided step's labelled batch is one image. Processes have a thread and a batch each (weak scaling, gloo).

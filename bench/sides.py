@@ -59,6 +59,12 @@ def load_theirs(folder):
     return Mask2FormerForUniversalSegmentation.from_pretrained(folder)
 
 
+def normalised(images):
+    """As theirs wants them."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
+    return (images - mean) / std
+
+
 def load_ours(folder) -> Mask2Former:
     weights = convert_state_dict(_read(Path(folder) / "model.safetensors"))
     model = Mask2Former(CLASSES, "resnet50", num_queries=len(weights["decoder.query_features.weight"]))

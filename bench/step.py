@@ -25,6 +25,7 @@ from sides import (
     load_ours,
     load_theirs,
     make_batch,
+    normalised,
     parse,
     ratios,
     table,
@@ -90,12 +91,11 @@ def theirs(flags):
         decoder=parts.transformer_module,
         losses=peer.criterion,
     )
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
     labels, masks = [t["labels"] for t in targets], [t["masks"].float() for t in targets]
 
     def step():
         peer.zero_grad(set_to_none=True)
-        loss = peer(pixel_values=(images - mean) / std, mask_labels=masks, class_labels=labels).loss
+        loss = peer(pixel_values=normalised(images), mask_labels=masks, class_labels=labels).loss
         with clock("backward"):
             loss.backward()
 

@@ -246,6 +246,19 @@ def test_masks_as_embeddings_and_features_give_the_same_as_their_product(counts)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_object_may_have_several_queries(monkeypatch):
+    """With a matcher of one's own: the mask losses of both pairs add up. The points are fixed."""
+    outputs, targets = random_outputs(images=1, layers=0), random_targets([2])
+    points = torch.rand(3 * P, 2)
+    monkeypatch.setattr(matcher.torch, "rand", lambda *size, **_: points[: size[-2]].expand(size))
+    criterion, losses = SetCriterion(K, num_points=P), []
+    for queries, objects in ([0], [1]), ([2], [1]), ([0, 2], [1, 1]):
+        pairs = [[(torch.tensor(queries), torch.tensor(objects))]]
+        losses.append(criterion(outputs, targets, num_objects=1, pairs=pairs))
+    for name in ("loss_mask", "loss_dice"):
+        torch.testing.assert_close(losses[0][name] + losses[1][name], losses[2][name])
+
+
 def test_outputs_without_auxiliary_predictions_are_welcome():
     outputs = random_outputs(layers=0)
     del outputs["aux_outputs"]
