@@ -1,11 +1,14 @@
-# make demo: the whole method on a laptop.  make test: the tests.  Both make .venv and install what is needed the first time.
+# make demo: the whole method on a laptop.  make test: the tests.  make torture: those of failures, longer.  All make .venv and install what is needed the first time.
 PYTHON ?= python3
 
 demo: .venv/installed
 	.venv/bin/python distill.py --data shapes --ratio 0.02
 
 test: .venv/installed-tests
-	.venv/bin/python -m pytest -q tests
+	.venv/bin/python -m pytest -q tests -m "not slow"
+
+torture: .venv/installed-tests
+	.venv/bin/python -m pytest -q tests/test_faults.py
 
 lint: .venv/installed-tests
 	.venv/bin/ruff check .
@@ -22,4 +25,4 @@ lint: .venv/installed-tests
 	.venv/bin/python -m pip install -q -r tests/requirements.txt
 	touch $@
 
-.PHONY: demo test lint
+.PHONY: demo test torture lint

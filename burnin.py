@@ -12,6 +12,7 @@ it is. In most other papers burn-in is only the first of these.
 
 It writes teacher.pt, then burnin.pt; distill.py goes on from there."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,6 +74,7 @@ class Config:
     test_short_side: int = knob(800, "shorter side at test time, pixels; 0 keeps images as they are")
     test_long_side: int = knob(1333, "limit of the longer side at test time, pixels")
     workers: int = knob(4, "loader processes for each of the two streams; 0 loads in the training process")
+    loader_timeout: float = knob(300.0, "seconds without an image after which they count as stuck")
 
     # model
     backbone: str = knob(
@@ -137,6 +139,7 @@ class Config:
     )
     log_every: int = knob(50, "steps between two log lines")
     save_every: int = knob(1000, "steps between two checkpoints that a stopped run goes on from")
+    keep: int = knob(2, "how many of these are kept while their phase lasts")
     eval_every: int = knob(0, "steps between two evaluations; 0: only at the end of a phase")
 
     def __post_init__(self):
@@ -150,8 +153,8 @@ class Config:
             raise ValueError(
                 "--accumulate is at least 1, and 1 with --norm batch, whose statistics are a batch's"
             )
-        if min(self.log_every, self.save_every) < 1 or self.eval_every < 0:
-            raise ValueError("--log-every and --save-every are at least 1, --eval-every at least 0")
+        if min(self.log_every, self.save_every, self.keep) < 1 or self.eval_every < 0:
+            raise ValueError("--log-every, --save-every and --keep are at least 1, --eval-every at least 0")
         self.num_queries = self.num_queries or (200 if self.backbone == "swin_l" else 100)
         share = Path(self.split).stem or f"{self.ratio:g}"
         self.out = self.out or f"runs/{Path(self.data).name}-{share}"
@@ -213,14 +216,17 @@ def pseudo_labels(outputs: dict, score_threshold: float = 0.7, min_area: int = 5
     outputs: as `Mask2Former` returns them, (B, Q, K+1) and (B, Q, h, w). A query is kept when its most
     probable entry is a class with a probability above score_threshold, and its mask has more than min_area
     pixels above 0.5 at stride 4.
-    Returns per image "labels" (N,) int64, "masks" (N, h, w) bool and "scores" (N,) in [0, 1]."""
-    scores, labels = outputs["pred_logits"].float().softmax(-1).max(-1)  # (B, Q)
+    Returns per image "labels" (N,) int64, "masks" (N, h, w) bool, "scores" (N,) in [0, 1], and "highest", the
+    largest class probability of any query."""
+    probabilities = outputs["pred_logits"].float().softmax(-1)
+    scores, labels = probabilities.max(-1)  # (B, Q)
+    highest = probabilities[..., :-1].amax((1, 2))  # (B,)
     masks = outputs["pred_masks"] > 0  # sigmoid above 0.5
     no_object = outputs["pred_logits"].shape[-1] - 1
     keep = (labels != no_object) & (scores > score_threshold) & (masks.sum((2, 3)) > min_area)
     queries = [kept.nonzero()[:, 0].to(masks.device, non_blocking=True) for kept in keep.cpu()]
     return [
-        {"labels": labels[b, kept], "masks": masks[b, kept], "scores": scores[b, kept]}
+        {"labels": labels[b, kept], "masks": masks[b, kept], "scores": scores[b, kept], "highest": highest[b]}
         for b, kept in enumerate(queries)
     ]
 
@@ -297,7 +303,8 @@ class Setting:
         with engine.rank_zero_first():
             files = dict(train_json=cfg.train_json, val_json=cfg.val_json, images=cfg.images)
             self.train, self.val = load_data(cfg.data, cfg.root or None, **files)
-            Path(cfg.out).mkdir(parents=True, exist_ok=True)
+            if engine.rank() == 0:
+                engine.lock(Path(cfg.out))
         names = self.train.class_names
         if self.val and self.val.class_names != names:
             raise ValueError(f"training has the classes {names}, validation {self.val.class_names}")
@@ -360,6 +367,8 @@ class Setting:
         if without:
             names = ", ".join(self.train.class_names[label] for label in sorted(without)[:10])
             yield f"{len(without)} classes are in no labelled image: {names}"
+        if len(self.labelled) < self.cfg.batch:
+            yield f"a batch has {self.cfg.batch} images, but only {len(self.labelled)} are labelled"
         if max(map(len, labels)) > self.cfg.num_queries:
             yield f"an image has {max(map(len, labels))} objects, the model {self.cfg.num_queries} queries"
 
@@ -382,6 +391,7 @@ class Setting:
             rank=engine.rank(),
             world_size=engine.world_size(),
             workers=cfg.workers,
+            timeout=cfg.loader_timeout,
             first_step=first_step,
         )
         repeats = None
@@ -429,12 +439,13 @@ def burn_in_teacher(cfg: Config, setting: Setting, phase: str = "teacher") -> No
     labelled = setting.streams(phase, run.first_step, guided=False)
 
     for step in run:
-        losses = supervised_step(run.student, setting.criterion, next(labelled), device)
-        run.update(sum(losses.values()))
+        batch = next(labelled)
+        losses = supervised_step(run.student, setting.criterion, batch, device)
+        run.update(sum(losses.values()), losses, batch)
         # logging
         run.log(loss=sum(losses.values()), images=cfg.batch // engine.world_size(), **main_losses(losses))
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < steps:
-            report(run, step + 1, setting.evaluate(run.model))
+            report(run, step + 1, setting)
 
     finish(run, setting.evaluate(run.model))
 
@@ -450,14 +461,16 @@ def burn_in_student(cfg: Config, setting: Setting) -> None:
     labelled, unlabelled = setting.streams("burnin", run.first_step, guided=True)
 
     for step in run:
+        batch, pool = next(labelled), next(unlabelled)
         losses, guided_losses, pseudo = guided_step(
-            run.student, teacher, setting.criterion, next(labelled), next(unlabelled), cfg, device
+            run.student, teacher, setting.criterion, batch, pool, cfg, device
         )
-        run.update(sum(losses.values()) + cfg.unsupervised_weight * sum(guided_losses.values()))
+        loss = sum(losses.values()) + cfg.unsupervised_weight * sum(guided_losses.values())
+        run.update(loss, losses | guided(guided_losses), batch + pool)
         # logging
         log_guided(run, losses, guided_losses, pseudo)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < run.steps:
-            report(run, step + 1, setting.evaluate(run.model))
+            report(run, step + 1, setting)
 
     finish(run, setting.evaluate(run.model))
 
@@ -476,18 +489,38 @@ def main_losses(losses: dict) -> dict:
     return {name: losses[name] for name in ("loss_ce", "loss_mask", "loss_dice")}
 
 
+def guided(losses: dict) -> dict:
+    """Under names that tell them from those on labelled images."""
+    return {f"guided_{name}": loss for name, loss in losses.items()}
+
+
 def log_guided(run, losses, guided_losses, pseudo) -> None:
     B = len(pseudo)
     run.log(
         loss=sum(losses.values()),
         guided_loss=sum(guided_losses.values()),
         pseudo_labels=sum(len(p["labels"]) for p in pseudo) / B,
+        highest_score=torch.stack([p["highest"] for p in pseudo]).max(),
         images=2 * B,
         **main_losses(losses),
     )
+    number = run.means.get("pseudo_labels", 1)
+    if number == 0 or number > run.cfg.num_queries / 2:
+        warn_of_guidance(run, "none" if number == 0 else "more than half as many as queries")
 
 
-def report(run, step, ap) -> None:
+@functools.cache  # once
+def warn_of_guidance(run, number: str) -> None:
+    advice = f"--score-threshold is {run.cfg.score_threshold}" + (
+        ", or train the teacher longer" * (number == "none")
+    )
+    score = f"the teacher's highest score is {run.means['highest_score']:.2f}"
+    say(f"warning: {run.phase}: pseudo-labels of an image: {number}; {score}, {advice}")
+
+
+def report(run, step, setting) -> None:
+    with run.safe(step):
+        ap = setting.evaluate(run.model)
     run.record(phase=run.phase, step=step, ap=ap)
     say(f"{run.phase} {step}/{run.steps}  {ap_line(ap)}")
 

@@ -72,7 +72,7 @@ def label_file(root, image_file) -> Path:
 def read_ids(file) -> np.ndarray:
     """(H, W) int64: label * 1000 + number for an object, the label alone for a group or for stuff."""
     try:
-        return np.asarray(Image.open(file)).astype(np.int64)
+        return np.asarray(Image.open(file, formats=["PNG"])).astype(np.int64)
     except OSError as error:
         raise DataError(f"the label file {file} cannot be read: {error}") from None
 

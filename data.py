@@ -14,10 +14,12 @@ torch, torchvision, numpy, Pillow and pycocotools and can be copied out alone.
 
 Letters in shapes: N objects of one image, H W pixels."""
 
+import atexit
 import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import re
@@ -180,7 +182,7 @@ def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
     annotation do, unless only the stored pixels have the `size` (H, W) of the annotations. Raises DataError
     for a file that cannot be read, has another size, or floating-point pixels."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             turned = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
             if size in (None, (turned.height, turned.width)):
@@ -205,6 +207,16 @@ def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
 
 
 ORIENTATION = 0x0112  # the EXIF tag
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "TIFF",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "PPM",
+    "JPEG2000",
+)  # for PostScript Pillow would run a program
 
 
 # -------------------------------------------------------------------------------------------------- checking
@@ -215,6 +227,8 @@ def read_coco(json_file, image_folder) -> tuple[dict, dict, list[dict], list[str
     what of it is left out because it has no mask. What is returned can be trusted: pycocotools' C code checks
     nothing. Raises DataError for a file that is not of this form at all."""
     try:
+        if not Path(json_file).is_file():  # nor a device without end
+            raise FileNotFoundError
         content = json.loads(Path(json_file).read_text(encoding="utf-8"))
         lists = [content[name] for name in ("categories", "images", "annotations")]
         if not all(isinstance(entries, list) for entries in lists):
@@ -333,10 +347,16 @@ def usable_mask(segmentation, H: int, W: int):
 
 
 def is_polygon(polygon, reach: int) -> bool:
-    """Whether it is a list x, y, x, y, ... of three corners or more, none further than `reach` outside."""
+    """Whether it is a list x, y, x, y, ... of three corners or more, none further than `reach` outside, whose
+    outline is not absurdly long: pycocotools takes memory for every pixel of it."""
     try:
         enough = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-        return enough and math.isfinite(sum(polygon)) and min(polygon) >= -reach and max(polygon) <= 2 * reach
+        if not (
+            enough and math.isfinite(sum(polygon)) and -reach <= min(polygon) and max(polygon) <= 2 * reach
+        ):
+            return False
+        steps = np.diff(np.reshape(polygon, (-1, 2)), axis=0) if len(polygon) > 600 else np.zeros((1, 2))
+        return np.abs(steps).sum() <= 2000 * reach
     except (TypeError, OverflowError):
         return False
 
@@ -609,7 +629,8 @@ class Views(Dataset):
     """Training views of a dataset. Asked for (image_id, seed) it gives {"image": (3, H, W) uint8} and
 
     - if `strong`: "strong" (3, H, W) uint8, the strong view of the same crop;
-    - if `labels`: "labels" (N,) int64 and "masks" (N, H, W) bool, of the objects visible in the crop.
+    - if `labels`: "labels" (N,) int64 and "masks" (N, H, W) bool, of the objects visible in the crop;
+    - "file", the path of the image, for messages.
     """
 
     def __init__(self, dataset: CocoDataset | Pool, view: View, *, labels: bool = True, strong: bool = False):
@@ -624,7 +645,7 @@ class Views(Dataset):
         region, box, scale = geometry.region(image)
         if self.view.colour:
             region = colour_jitter(region, rng, 32 / 255, 0.5, 0.5, 18 / 360, probability=0.5)
-        item = {"image": to_tensor(geometry.lay(region, box))}
+        item = {"file": str(self.dataset.path(image_id)), "image": to_tensor(geometry.lay(region, box))}
         if self.with_strong:
             blur = [scale * sigma for sigma in self.view.blur]
             item["strong"] = to_tensor(geometry.lay(strong_view(region, rng, blur), box))
@@ -657,6 +678,7 @@ def stream(
     rank=0,
     world_size=1,
     workers=0,
+    timeout=0,
     first_step=0,
     **sampling,
 ):
@@ -665,18 +687,23 @@ def stream(
     `StepSampler`.
 
     A damaged image gives way to another one and is named on standard error; DataError ends the stream when
-    they are more than one and more than 1 % of all."""
+    they are more than one and more than 1 % of all. The DataLoader raises RuntimeError when a worker dies, or
+    gives nothing for `timeout` seconds (0: it waits for ever)."""
     sampler = StepSampler(image_ids, batch, seed, rank, world_size, first_step, **sampling)
     loader = DataLoader(
         Replacing(views, image_ids),
         batch_sampler=sampler,
         num_workers=workers,
+        timeout=timeout if workers else 0,
         collate_fn=list,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or it would draw from the global one
-        worker_init_fn=_leave_ctrl_c_to_the_main_process,
+        worker_init_fn=_leave_signals_to_the_main_process,
     )
-    return _watched(iter(loader), len(image_ids))
+    others = multiprocessing.active_children()
+    batches = iter(loader)
+    atexit.register(_end, [child for child in multiprocessing.active_children() if child not in others])
+    return _watched(batches, len(image_ids))
 
 
 def _watched(batches, number: int):
@@ -713,8 +740,17 @@ class Replacing(Dataset):
         return {"damaged": damaged}
 
 
-def _leave_ctrl_c_to_the_main_process(_) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_main_process(_) -> None:
+    """When all processes of a job are told to stop, it may want to end its step first, and to save."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end(workers) -> None:
+    """At the end of the program: DataLoader would send them a SIGTERM, and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where DataLoader looks for workers that died
+    for worker in workers:
+        worker.kill()
 
 
 class StepSampler:

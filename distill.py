@@ -66,15 +66,17 @@ def distill(cfg: Config, setting: Setting) -> None:
     labelled, unlabelled = setting.streams("distill", run.first_step, guided=True)
 
     for step in run:
+        batch, pool = next(labelled), next(unlabelled)
         losses, guided_losses, pseudo = guided_step(
-            run.student, teacher, setting.criterion, next(labelled), next(unlabelled), cfg, device
+            run.student, teacher, setting.criterion, batch, pool, cfg, device
         )
-        run.update(sum(losses.values()) + cfg.unsupervised_weight * sum(guided_losses.values()))
+        loss = sum(losses.values()) + cfg.unsupervised_weight * sum(guided_losses.values())
+        run.update(loss, losses | burnin.guided(guided_losses), batch + pool)
         ema_update(teacher, run.model, cfg.ema_decay)
         # logging
         burnin.log_guided(run, losses, guided_losses, pseudo)
         if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < run.steps:
-            burnin.report(run, step + 1, setting.evaluate(run.model))
+            burnin.report(run, step + 1, setting)
 
     ap, teacher_ap = setting.evaluate(run.model), setting.evaluate(teacher)
     say(f"the EMA teacher  {ap_line(teacher_ap)}")

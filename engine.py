@@ -8,12 +8,19 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import errno
+import fcntl
+import functools
 import json
 import math
 import os
+import re
+import resource
 import signal
+import socket
 import sys
 import time
+import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -94,20 +101,29 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def refuse(message) -> None:
-    """Ends the program because of something a user can put right: one line, exit code 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    sys.exit(2)
+def refuse(message, code: int = 2) -> None:
+    """Ends the program with one line. Exit codes: 0 done; 1 a bug, which alone shows a traceback, or the end
+    of another process; 2 what a user can put right; 3 losses that stay infinite or NaN; 143 a signal."""
+    process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
+    print(f"error{process}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 @contextlib.contextmanager
 def user_errors(kinds=(ValueError, OSError)):
     """Around what reads a user's flags and files: an error of these kinds there is theirs to put right, not a
-    bug."""
+    bug. Nor is the end of another process, or of one that loads data."""
     try:
         yield
     except kinds as error:
         refuse(error)
+    except RuntimeError as error:
+        if re.match(r"DataLoader (worker \(pid|timed out)", str(error)):
+            advice = "fewer --workers need less memory, --loader-timeout is for slow disks"
+            refuse(f"loading data: {error}; {advice}")
+        if re.search(r"Connection (closed|reset) by peer|Broken pipe", str(error)):
+            refuse("another process has ended, see its message", code=1)
+        raise
 
 
 # ------------------------------------------------------------------------------------------------- processes
@@ -148,6 +164,12 @@ def start_processes(device: str = "", precision: str = "") -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    for number in STOP_SIGNALS:
+        signal.signal(number, _on_signal)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # tensors from loader processes are open files
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # torchrun may be killed
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
     return device
@@ -168,20 +190,56 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
+def wait_for_all() -> None:
+    """A barrier. Python runs no signal handler within torch's own, so that it could not be left."""
+    if dist.is_initialized():
+        barrier = dist.barrier(async_op=True)
+        while not barrier.is_completed():
+            time.sleep(0.01)
+        barrier.wait()
+
+
 @contextlib.contextmanager
 def rank_zero_first():
     """The others enter when rank 0 is through."""
-    if dist.is_initialized() and rank() > 0:
-        dist.barrier()
+    if rank() > 0:
+        wait_for_all()
     yield
-    if dist.is_initialized() and rank() == 0:
-        dist.barrier()
+    if rank() == 0:
+        wait_for_all()
+
+
+STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+PR_SET_PDEATHSIG = 1
+
+stop_asked = False  # by a signal to this process
+stop_at_once = True  # or only after the training step that is under way
+
+
+def _on_signal(number, _) -> None:
+    global stop_asked
+    stop_asked = True
+    if number == signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C waits for nothing
+    if stop_at_once:
+        leave(f"stopped by {signal.Signals(number).name}")
+
+
+def leave(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def say(*words, sep=" ") -> None:
     """Prints on rank 0."""
     if rank() == 0:
         print(*words, sep=sep, flush=True)
+
+
+@functools.cache
+def warn(message: str) -> None:
+    """Once for each message, on rank 0."""
+    say("warning:", message)
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -235,6 +293,14 @@ def autocast(device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
+def one_by_one(_, bucket):
+    """DDP's mean of gradients over processes. Gloo rounds the sum of three values as their place in a bucket
+    has it, and DDP fills its buckets anew after the first step. So the gradient of each parameter is summed
+    alone: a run that goes on equals one that was never cut."""
+    sums = [dist.all_reduce(gradient, async_op=True).get_future() for gradient in bucket.gradients()]
+    return torch.futures.collect_all(sums).then(lambda _: bucket.buffer().div_(world_size()))
+
+
 class InParts(nn.Module):
     """A model through which a batch goes in parts, one after the other. What a part needs for its backward
     pass is made again then: memory of one part, one forward pass more, the gradient of the whole batch."""
@@ -264,11 +330,12 @@ def join(parts: list, joined: dict | None = None):
 
 class Run:
     """One phase of training: `for step in run:` sets seed and learning rate before the body, and logs and
-    saves after it. In the body, `run.update(loss)` makes the optimiser's step; `run.log(name=value)` adds
-    to the log line.
+    saves after it. In the body, `run.update(loss, ...)` makes the optimiser's step; `run.log(name=value)`
+    adds to the log line.
 
-    phase: its name, and that of its checkpoint, out/<phase>.pt; while it lasts, out/<phase>.partial.pt
-    holds all that is needed to go on.
+    phase: its name, and that of its checkpoint, out/<phase>.pt; while it lasts, the last cfg.keep of
+    out/<phase>.step-<step>.pt hold all that is needed to go on. Seeds and the positions in the streams of
+    images are functions of the step, so no generator has a state to be kept.
     student: a raw model; run.student is what to call, run.model the raw one. teacher: a raw model that is
     saved along, or None.
     steps: of this phase. schedule: (first, length): where this phase begins in a learning-rate schedule,
@@ -281,30 +348,35 @@ class Run:
         self.cfg, self.phase, self.device, self.steps, self.schedule = cfg, phase, device, steps, schedule
         self.model, self.teacher, self.describe = student, teacher, describe or {}
         self.out = Path(cfg.out)
-        self.partial = self.out / f"{phase}.partial.pt"
         self.optimizer = make_optimizer(student, cfg.lr, cfg.weight_decay, cfg.backbone_lr_factor)
         if optimizer_state:
             self.optimizer.load_state_dict(optimizer_state)
-        self.first_step = 0
-        if self.partial.exists():
-            checkpoint = load_checkpoint(self.partial)
+        self.first_step = self.saved = 0
+        path, checkpoint = newest(self.out, phase)
+        if checkpoint:
             self.model.load_state_dict(checkpoint["student"])
             if teacher is not None:
                 teacher.load_state_dict(checkpoint["teacher"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.first_step = checkpoint["step"]
-            say(f"{phase}: resumed at step {self.first_step} of {steps} from {self.partial}")
+            self.first_step = self.saved = checkpoint["step"]
+            say(f"{phase}: resumed at step {self.first_step} of {steps} from {path}")
+            if checkpoint["world_size"] != world_size():
+                change = f"{checkpoint['world_size']} processes before, {world_size()} now"
+                warn(f"{change}: the images of each step stay the same, random points and rounding do not")
         if world_size() > 1 and device.type == "cuda":
             self.model = timm.layers.convert_sync_batchnorm(student)
         self.student = InParts(self.model, cfg.accumulate) if cfg.accumulate > 1 else self.model
         if world_size() > 1:
             ids = [device.index] if device.type == "cuda" else None
             self.student = nn.parallel.DistributedDataParallel(self.student, device_ids=ids)
-        self.values, self.counts = {}, {}
-        self.stop_signal = None
+            if device.type == "cpu":
+                self.student.register_comm_hook(None, one_by_one)
+        self.values, self.counts, self.means = {}, {}, {}  # means: of the last log line
+        self.stop, self.skipped = False, 0  # whether any process shall stop; steps skipped in a row
 
     def __iter__(self):
-        previous = {s: signal.signal(s, self._stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        global stop_at_once
+        stop_at_once = False
         self.model.train()
         started = time.time()
         last_time, last_step = started, self.first_step
@@ -314,6 +386,7 @@ class Run:
             factor = lr_factor(self.cfg.schedule, (first + step) / length, self.cfg.warmup)
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
+            self.step = step
             yield step
 
             done = step + 1
@@ -322,28 +395,57 @@ class Run:
                 left = (now - started) / (done - self.first_step) * (self.steps - done)
                 self._write(done, (now - last_time) / (done - last_step), left)
                 last_time, last_step = now, done
-            stop = self._agree_to_stop()
-            if stop or done % self.cfg.save_every == 0 or done == self.steps:  # the last: evaluation may fail
-                self.save(self.partial, done)
-            if stop:
-                say(f"{self.phase}: stopped at step {done} and saved; the same command goes on from here")
-                if dist.is_initialized():
-                    dist.barrier()  # nobody leaves while rank 0 is writing
-                sys.exit(128 + stop)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+            if (
+                self.stop or done % self.cfg.save_every == 0 or done == self.steps
+            ):  # the last: evaluation may fail
+                self.save_step(done)
+            if self.stop:
+                say(f"{self.phase}: saved at step {self.saved}; the same command goes on from here")
+                leave("stopped by a signal")
+        stop_at_once = True
+        if stop_asked:  # since the last step
+            leave("stopped by a signal")
 
-    def update(self, loss: Tensor) -> None:
-        """Backward, clipping of the whole model's gradient norm, and a step of the optimiser."""
+    def update(self, loss: Tensor, terms: dict, batch: list[dict]) -> None:
+        """Backward, clipping of the whole model's gradient norm, and a step of the optimiser; no step, on no
+        process, if the gradient is not finite on any. Ten of these in a row end the program.
+
+        terms: those of the loss, by name, and batch: its images, for the message then."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        norm = nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        flags = torch.stack(
+            [norm.isfinite().logical_not(), torch.tensor(stop_asked, device=norm.device)]
+        ).float()
+        if world_size() > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        skip, self.stop = map(bool, flags.tolist())
+        self.skipped = self.skipped + 1 if skip else 0
+        if skip:
+            return self._explain(terms, batch)
         if self.cfg.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.cfg.clip, norm)
         self.optimizer.step()
 
+    def _explain(self, terms, batch):
+        """Why a step is skipped."""
+        names = [name for name, term in terms.items() if not term.isfinite()]
+        if names or rank() == 0:
+            files = ", ".join(repr(item["file"]) for item in batch)
+            reason = (
+                f"{', '.join(names)} not finite with the images {files}"
+                if names
+                else "the gradient is not finite"
+            )
+            place = f"{self.phase} step {self.step + 1}, process {rank()}"
+            print(f"warning: {place}: {reason}; the step is skipped", file=sys.stderr, flush=True)
+        if self.skipped == MOST_SKIPPED:
+            advice = "a lower --lr or --precision fp32 may help"
+            refuse(f"{self.skipped} such steps in a row; saved at step {self.saved}; {advice}", code=3)
+
     def log(self, **values) -> None:
-        """Adds values to be averaged in the next log line."""
-        for name, value in values.items():
+        """Adds values to be averaged in the next log line, unless the step has been skipped."""
+        for name, value in values.items() if not self.skipped else ():
             value = value.detach() if isinstance(value, Tensor) else value
             self.values[name] = self.values.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
@@ -352,7 +454,7 @@ class Run:
         names = list(self.values)
         means = [float(self.values[name]) / self.counts[name] for name in names]
         means = mean_over_processes(torch.tensor(means, device=self.device)).tolist()
-        means = dict(zip(names, means))
+        self.means = means = dict(zip(names, means))
         self.values, self.counts = {}, {}
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         images = means.pop("images", 0) * world_size() / seconds
@@ -365,19 +467,31 @@ class Run:
     def record(self, **values) -> None:
         """A line of out/metrics.jsonl."""
         if rank() == 0:
-            with open(self.out / "metrics.jsonl", "a") as file:
+            with user_errors(OSError), open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(values) + "\n")
 
-    def _stop(self, number, _):
-        self.stop_signal = number
+    @contextlib.contextmanager
+    def safe(self, step):
+        """Around what takes long between two steps: the run is saved, so a signal need not wait."""
+        global stop_at_once
+        self.save_step(step)
+        stop_at_once = True
+        if stop_asked:
+            leave("stopped by a signal")
+        yield
+        stop_at_once = False
 
-    def _agree_to_stop(self) -> int:
-        """The number of the signal that any process got, or 0, the same on every process."""
-        if world_size() == 1:
-            return self.stop_signal or 0
-        flag = torch.tensor([float(self.stop_signal or 0)], device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return int(flag.item())
+    def save_step(self, step) -> None:
+        """Saves what is needed to go on, and removes all but the last cfg.keep; not while steps are
+        skipped."""
+        if self.saved == step or self.skipped:
+            return
+        self.save(self.out / f"{self.phase}.step-{step:07}.pt", step)
+        self.saved = step
+        if rank() == 0:
+            for old in step_files(self.out, self.phase)[self.cfg.keep :]:
+                old.unlink()
+        wait_for_all()  # nobody leaves while rank 0 is writing
 
     def save(self, path, step, **results) -> None:
         if rank() == 0:
@@ -387,6 +501,7 @@ class Run:
                     "format": FORMAT,
                     "phase": self.phase,
                     "step": step,
+                    "world_size": world_size(),
                     "config": dataclasses.asdict(self.cfg),
                     "student": self.model.state_dict(),
                     "teacher": self.teacher.state_dict() if self.teacher is not None else None,
@@ -401,9 +516,9 @@ class Run:
         self.save(self.out / f"{self.phase}.pt", self.steps, **results)
         self.record(phase=self.phase, step=self.steps, **results)
         if rank() == 0:
-            self.partial.unlink(missing_ok=True)
-        if dist.is_initialized():
-            dist.barrier()
+            for old in step_files(self.out, self.phase):
+                old.unlink()
+        wait_for_all()
 
 
 def duration(seconds: float) -> str:
@@ -416,17 +531,22 @@ def duration(seconds: float) -> str:
 
 
 # What may differ between a run and the one that goes on from its checkpoints.
-BOOKKEEPING = {"root", "out", "preset", "workers", "device", "labels_only"}
+BOOKKEEPING = {"root", "out", "preset", "workers", "device", "labels_only", "loader_timeout", "keep"}
 BOOKKEEPING |= {"accumulate", "log_every", "save_every", "eval_every"}
+ENTRIES = ("format", "phase", "step", "world_size", "config", "model_args", "student", "teacher", "optimizer")
+MOST_SKIPPED = 10  # steps in a row whose gradient is not finite
 
 
 def finished(cfg, phase: str, **same) -> bool:
     """Whether out/<phase>.pt is there. Raises ValueError if it, or what is left of a run cut short, was made
     with other settings, or has other values than `same`."""
     final = Path(cfg.out) / f"{phase}.pt"
-    for path in (final, final.with_suffix(".partial.pt")):
-        if path.exists():
-            checkpoint = load_checkpoint(path)
+    try:
+        whole = load_checkpoint(final) if final.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it to run its phase again") from None
+    for path, checkpoint in ((final, whole), newest(cfg.out, phase)):
+        if checkpoint:
             before = checkpoint["config"] | {name: checkpoint.get(name) for name in same}
             now = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in same} | same
             for name in now:  # flags first, then what follows from them
@@ -436,20 +556,76 @@ def finished(cfg, phase: str, **same) -> bool:
     return final.exists()
 
 
+def step_files(out, phase: str) -> list[Path]:
+    """Newest first."""
+    return sorted(Path(out).glob(f"{phase}.step-*.pt"), reverse=True)
+
+
+def newest(out, phase: str) -> tuple:
+    """Path and content of the newest checkpoint of a phase that is whole, (None, None) if it has none. Raises
+    ValueError if it has some and all are damaged."""
+    files = step_files(out, phase)
+    for path in files:
+        try:
+            return path, load_checkpoint(path)
+        except ValueError as error:
+            warn(f"{error}; the one before it is tried")
+    if files:
+        raise ValueError(
+            f"all checkpoints {out}/{phase}.step-*.pt are damaged; remove them to begin the phase anew"
+        )
+    return None, None
+
+
+locks = {}  # open files by folder
+
+
+def lock(folder: Path) -> None:
+    """Makes a folder this process's own as long as it lives: the system gives it back however that ends.
+    Raises ValueError if another process has it, or if nothing can be written there."""
+    if folder in locks:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"nothing can be written into --out {str(folder)!r}: {error.strerror}") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # not for a file system that knows no locks
+            file.seek(0)
+            raise ValueError(f"--out {str(folder)!r} is in use by {file.read()!r}; choose another") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    locks[folder] = file
+
+
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Whole or not at all: written beside, flushed to the disk, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Whole or not at all, also if the machine fails: written beside, flushed to the disk, renamed, and the
+    name flushed too. Ends the program where the disk has no room."""
+    temporary = path.with_name(path.name.split(".")[0] + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # the latter is how torch says that the disk is full
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        refuse(f"{path} cannot be written, what was saved before is untouched: {error}")
 
 
 def load_checkpoint(path) -> dict:
     """A checkpoint on the CPU; plain types only, nothing in it is executed. Raises ValueError for a file
-    that is not one of ours."""
+    that is damaged or not one of ours."""
     try:
+        check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ValueError(f"no checkpoint {str(path)!r}") from None
@@ -457,4 +633,18 @@ def load_checkpoint(path) -> dict:
         raise ValueError(f"{path} is not a checkpoint, or is damaged: {type(error).__name__}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this project, format {FORMAT}")
+    missing = [name for name in ENTRIES if name not in checkpoint]
+    if missing:
+        raise ValueError(f"{path} is not whole: it has no {missing[0]!r}")
     return checkpoint
+
+
+def check_archive(path) -> None:
+    """Raises zipfile.BadZipFile for a file of torch.save with a wrong checksum, which torch does not look at,
+    or with more in it than the file is long."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
+            raise zipfile.BadZipFile("compressed")
+        damaged = archive.testzip()
+    if damaged:
+        raise zipfile.BadZipFile(damaged)

@@ -12,6 +12,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+import engine
 from model import Mask2Former, convert_state_dict
 
 
@@ -123,6 +124,8 @@ def _read(path) -> dict:
             if first[8:9] == b"{":  # behind the length of a header in JSON
                 content = safetensors.torch.load_file(path)
             elif first[:2] == b"PK" or TORCH_MAGIC in first:
+                if first[:2] == b"PK":
+                    engine.check_archive(path)
                 content = torch.load(file, map_location="cpu", weights_only=True)
             else:
                 content = _tensors(_ArraysOnly(file, encoding="latin1").load())
@@ -177,7 +180,7 @@ class _Array:
         return self
 
 
-class _ArraysOnly(pickle.Unpickler):
+class _ArraysOnly(pickle._Unpickler):  # the one in C takes memory for whatever index a file names
     """Reads dictionaries, lists, numbers, strings and numpy arrays. Every other name is refused before
     anything is called."""
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -28,6 +29,34 @@ TINY = dict(
     decoder_ffn=32,
     backbone_args={"stem_type": "", "channels": [16, 16, 32, 32]},
 )
+
+
+TABLE = {}  # rows of what was tried and held
+
+
+@pytest.fixture
+def tally():
+    """tally(row, held, tried, *remarks) adds to the table that is shown after the tests."""
+
+    def tally(row, held, tried, *remarks):
+        TABLE[row] = f"{held:,} of {tried:,}" + "".join(f", {remark}" for remark in remarks)
+        assert held == tried, f"{row}: {TABLE[row]}"
+
+    return tally
+
+
+def pytest_terminal_summary(terminalreporter):
+    for row, text in TABLE.items():
+        terminalreporter.write_line(f"{row:<62} {text}")
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Those of pytest, whatever a test has started in this process."""
+    before = {number: signal.getsignal(number) for number in engine.STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

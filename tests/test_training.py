@@ -101,7 +101,7 @@ def test_distill_runs_the_three_phases_and_shows_table_and_picture(finished):
     for words in ("phase 1 of 3", "phase 2 of 3", "phase 3 of 3", "12 training images, 6 of them labelled"):
         assert words in printed
     assert all((out / name).exists() for name in ("teacher.pt", "burnin.pt", "distill.pt", "predictions.png"))
-    assert not list(out.glob("*.partial.pt"))
+    assert not list(out.glob("*.step-*.pt"))
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records if r["phase"] == "burnin" and "loss" in r] == [1, 2, 3, 4, 5]
     assert any("pseudo_labels" in record for record in records)
@@ -225,7 +225,7 @@ burnin.pseudo_labels = lambda outputs, *_: [item for item in pseudo]
 labelled, pseudo = batch(), batch()
 criterion, device = setting.criterion, setting.device
 losses, guided, _ = burnin.guided_step(run.student, teacher, criterion, labelled, pseudo, cfg, device)
-run.update(sum(losses.values()) + 2 * sum(guided.values()))
+run.update(sum(losses.values()) + 2 * sum(guided.values()), losses, labelled)
 if engine.rank() == 0:
     torch.save({n: p.grad for n, p in run.model.named_parameters()}, sys.argv[1])
 """
@@ -264,7 +264,7 @@ def test_one_step_of_two_processes_equals_one_step_of_one(tiny, tmp_path):
         (["--init", "missing.pkl"], "no checkpoint 'missing.pkl'"),
         (["--split", "missing.txt"], "the split 'missing.txt' cannot be read"),
         (["--unlabelled", "missing"], "no folder 'missing' of unlabelled images"),
-        (["--save-every", "0"], "--save-every are at least 1"),
+        (["--save-every", "0"], "--save-every and --keep are at least 1"),
         (["--accumulate", "0"], "--accumulate is at least 1"),
         (["--accumulate", "2", "--norm", "batch"], "and 1 with --norm batch"),
         (["--scale", "2.0"], "scale is a range of two numbers"),

@@ -1,0 +1,215 @@
+"""Processes that train or evaluate, and what can befall them: the part of test_faults.py that runs in them.
+
+They are forked from a server that has imported everything, so that one starts in no time."""
+
+import atexit
+import multiprocessing
+import os
+import resource
+import shlex
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+import burnin
+import data
+import distill
+import engine
+import evaluate
+
+HERE = Path(__file__).parent
+os.environ["PYTHONPATH"] = f"{HERE.parent}{os.pathsep}{HERE}"  # where the server looks for modules
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["faults"])
+
+TINY = shlex.split(
+    "--preset shapes --ratio 0.5 --crop 64,64 --num-queries 6 --hidden-dim 32 --encoder-ffn 32 "
+    "--decoder-layers 1 --decoder-ffn 32 --num-points 32 --batch 6 --log-every 1 --save-every 2 "
+    """--score-threshold 0.3 --device cpu --backbone-args '{"stem_type": "", "channels": [8, 8, 16, 16]}'"""
+)
+
+
+class Job:
+    """`processes` of one run, as torchrun would start them. fault: name of a function below, which is called
+    with (rank, *arguments) in each of them first."""
+
+    def __init__(self, folder, *flags, processes=1, fault=(), script="distill"):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.logs = [folder / f"log-{rank}.txt" for rank in range(processes)]
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        environment = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+        environment = environment if processes > 1 else {}
+        arguments = [str(flag) for flag in flags]
+        self.processes = [
+            context.Process(target=start, args=(script, arguments, rank, environment, log, fault))
+            for rank, log in enumerate(self.logs)
+        ]
+        for log in self.logs:
+            log.write_text("")
+        for process in self.processes:
+            process.start()
+
+    def wait(self, seconds=60) -> list[int]:
+        """The exit codes; those of processes that were killed are negative. AssertionError after so long."""
+        end = time.time() + seconds
+        for process in self.processes:
+            process.join(max(0, end - time.time()))
+        hanging = [process for process in self.processes if process.is_alive()]
+        self.kill()
+        assert not hanging, f"{len(hanging)} processes hang\n{self.text()}"
+        return [process.exitcode for process in self.processes]
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def text(self, rank=None) -> str:
+        return "".join(log.read_text() for i, log in enumerate(self.logs) if rank in (None, i))
+
+    def wait_for(self, words, rank=0, seconds=60):
+        """Until a process has printed something; whether it has."""
+        end = time.time() + seconds
+        while time.time() < end and self.processes[rank].is_alive() and words not in self.text(rank):
+            time.sleep(0.005)
+        return words in self.text(rank)
+
+
+def start(script, arguments, rank, environment, log, fault):
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if environment:
+        os.environ |= {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loaders, as usual
+    code = 0
+    try:
+        if fault:
+            globals()[fault[0]](rank, *fault[1:])
+        {"distill": distill.cli, "evaluate": evaluate.main}[script](arguments)
+    except SystemExit as leaving:
+        code = leaving.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    atexit._run_exitfuncs()  # multiprocessing's end leaves them out
+    os._exit(code)
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+
+def at_step(rank, who, phase, step, action, *more):
+    """Before the optimiser's step `step` (from 0) of a phase, process `who` does what `action` says."""
+    update = engine.Run.update
+
+    def faulty(run, *arguments):
+        if (rank, run.phase, run.step) == (who, phase, step):
+            print("fault:", action, flush=True)
+            if action == "raise":
+                raise KeyError("planted")
+            os.kill(os.getpid(), getattr(signal, action))
+        return update(run, *arguments)
+
+    engine.Run.update = faulty
+
+
+def not_finite(rank, who, phase, steps):
+    """In these steps the images of one process are NaN."""
+    run_update, make = engine.Run.__iter__, burnin.images
+    now = {}
+
+    def iterate(run):
+        for step in run_update(run):
+            now["step"] = run.phase, step
+            yield step
+
+    def faulty(batch, key, device):
+        bad = rank == who and now["step"] in [(phase, step) for step in steps]
+        return make(batch, key, device) * float("nan") if bad else make(batch, key, device)
+
+    engine.Run.__iter__, burnin.images = iterate, faulty
+
+
+def loader(rank, who, kind):
+    """A process that loads data for `who` dies or gets stuck after some images."""
+    get, count = data.Views.__getitem__, []
+
+    def faulty(views, key):
+        count.append(key)
+        if rank == who and torch.utils.data.get_worker_info() and len(count) > 10:
+            print("fault: loader", kind, flush=True)
+            os.kill(os.getpid(), signal.SIGKILL) if kind == "dead" else time.sleep(1000)
+        return get(views, key)
+
+    data.Views.__getitem__ = faulty
+
+
+def slow_evaluation(rank, seconds=0.5):
+    predict = evaluate.predict
+
+    def slow(*arguments):
+        print("evaluating", flush=True)
+        time.sleep(seconds)
+        return predict(*arguments)
+
+    evaluate.predict = slow
+
+
+def slow_step(rank, phase, step):
+    """In which Python hears no signal."""
+    update = engine.Run.update
+
+    def slow(run, *arguments):
+        if (run.phase, run.step) == (phase, step):
+            print("a slow step", flush=True)
+            sum(range(10**10))
+        return update(run, *arguments)
+
+    engine.Run.update = slow
+
+
+def streams_from_the_start(rank):
+    stream = burnin.stream
+    burnin.stream = lambda *arguments, first_step, **more: stream(*arguments, **more)
+
+
+def no_space(rank, phase, step):
+    """From a step on no file may grow beyond a kilobyte."""
+    save = engine.Run.save
+
+    def faulty(run, path, at, **results):
+        if (run.phase, at) >= (phase, step):
+            print("fault: no space", flush=True)
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            save(run, path, at, **results)
+        return save(run, path, at, **results)
+
+    engine.Run.save = faulty
+
+
+def nobody(rank):
+    """A user who may not write everywhere, as root may."""
+    os.seteuid(65534)
+
+
+def few_objects(rank):
+    """The second process has images without objects, and a teacher that finds nothing."""
+    if rank == 1:
+        burnin.to_device = lambda batch, device: [
+            {"labels": item["labels"][:0], "masks": item["masks"][:0]} for item in batch
+        ]
+        pseudo_labels = burnin.pseudo_labels
+        burnin.pseudo_labels = lambda outputs, *_: pseudo_labels(outputs, 2.0)
+        print("fault: no objects", flush=True)

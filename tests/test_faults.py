@@ -1,0 +1,567 @@
+"""Nothing is lost: processes are killed, starved and fed rubbish, and each test asserts that its fault
+happened.
+
+make torture runs all of it. What is marked slow is left out of make test, where shorter versions stand in."""
+
+import builtins
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+from faults import TINY, Job
+
+import engine
+from shapes import write_shapes
+from weights import read_weights
+
+slow = pytest.mark.slow
+PHASES = "teacher", "burnin", "distill"
+
+
+def same(a, b):
+    """Bit-equal, however nested."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    write_shapes(folder, num_train=12, num_val=7, size=64)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unseen(data, tmp_path_factory):
+    """The same without a validation set, for what has nothing to do with evaluation."""
+    folder = tmp_path_factory.mktemp("data") / "unseen"
+    folder.mkdir()
+    (folder / "images").symlink_to(data / "images")
+    shutil.copy(data / "instances_train.json", folder)
+    return folder
+
+
+def train(data, out, *flags, steps=4, **how):
+    return Job(out, "--data", data, *TINY, "--out", out, "--steps", steps, "--workers", 0, *flags, **how)
+
+
+@pytest.fixture(scope="module")
+def whole(unseen, tmp_path_factory):
+    """whole(processes): the folder of a run that nothing befell."""
+    folders = {}
+
+    def run(processes):
+        if processes not in folders:
+            folders[processes] = tmp_path_factory.mktemp("whole") / str(processes)
+            job = train(unseen, folders[processes], processes=processes)
+            assert job.wait() == [0] * processes, job.text()
+        return folders[processes]
+
+    return run
+
+
+def differences(one, other, phases=PHASES) -> list[str]:
+    """What is not bit-equal in two folders: weights, EMA teacher, optimiser, losses."""
+    found = []
+    for phase in phases:
+        a, b = (engine.load_checkpoint(out / f"{phase}.pt") for out in (one, other))
+        names = ("student", "teacher", "optimizer", "step", "split")
+        found += [f"{phase} {name}" for name in names if not same(a[name], b[name])]
+    losses = [
+        {
+            (r["phase"], r["step"]): {k: v for k, v in r.items() if "loss" in k or "pseudo" in k}
+            for r in map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+            if r["phase"] in phases and "loss" in r
+        }
+        for out in (one, other)
+    ]
+    return found + ["losses"] * (losses[0] != losses[1])
+
+
+# ------------------------------------------------------------------------------------------ exact resume
+
+
+@pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 0), (2, 1), (3, 0)])
+@pytest.mark.parametrize("cuts", ["some", pytest.param("all", marks=slow)])
+def test_a_run_cut_again_and_again_ends_bit_equal(unseen, whole, tmp_path, tally, processes, workers, cuts):
+    """Cut by a signal to its last process, in every phase, across the epochs of both streams."""
+    places = [(phase, step) for phase in PHASES for step in range(4)]
+    places = places if cuts == "all" else [places[number] for number in (2, 4, 9)]
+    for phase, step in places:
+        fault = ("at_step", processes - 1, phase, step, "SIGTERM")
+        job = train(unseen, tmp_path, "--workers", workers, processes=processes, fault=fault)
+        assert job.wait() == [143] * processes, job.text()
+        assert "fault: SIGTERM" in job.text(processes - 1)
+        assert f"saved at step {step + 1}; the same command goes on from here" in job.text(0)
+    job = train(unseen, tmp_path, "--workers", workers, processes=processes)
+    assert job.wait() == [0] * processes and "resumed at step" in job.text(0)
+    assert differences(whole(processes), tmp_path) == []
+    tally(f"cut points resumed exact, {processes} processes, {workers} workers", len(places), len(places))
+
+
+def test_every_entry_of_a_checkpoint_is_needed(unseen, whole, tmp_path, tally):
+    """Put back to what it was at the beginning of the phase, each one changes the result."""
+    job = train(unseen, tmp_path / "cut", fault=("at_step", 0, "distill", 1, "SIGTERM"))
+    assert job.wait() == [143], job.text()
+    [file, *_] = engine.step_files(tmp_path / "cut", "distill")
+    assert file.name == "distill.step-0000002.pt"
+    before = engine.load_checkpoint(tmp_path / "cut/burnin.pt")
+    put_back = {
+        "student": before["student"],
+        "teacher": before["student"],
+        "optimizer": before["optimizer"],
+        "step": 0,
+    }
+    faults = {"streams": ("streams_from_the_start",)}
+    wrong = 0
+    for entry in [None, *put_back, *faults]:
+        out = tmp_path / str(entry)
+        shutil.copytree(tmp_path / "cut", out)
+        if entry in put_back:
+            checkpoint = engine.load_checkpoint(file) | {entry: put_back[entry]}
+            engine.save_checkpoint(out / file.name, checkpoint)
+        job = train(unseen, out, fault=faults.get(entry, ()))
+        assert job.wait() == [0] and "resumed at step" in job.text(), job.text()
+        found = differences(whole(1), out, ["distill"])
+        assert bool(found) == (entry is not None), (entry, found)
+        wrong += bool(found)
+    tally("negative controls: without an entry the result differs", wrong, len(put_back) + len(faults))
+
+
+@pytest.mark.parametrize("entry", engine.ENTRIES)
+def test_a_checkpoint_without_an_entry_is_refused(whole, tmp_path, entry):
+    checkpoint = engine.load_checkpoint(whole(1) / "distill.pt")
+    del checkpoint[entry]
+    torch.save(checkpoint, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=entry if entry != "format" else "not a checkpoint of this project"):
+        engine.load_checkpoint(tmp_path / "a.pt")
+
+
+def test_another_number_of_processes_goes_on_with_the_same_images(unseen, whole, tmp_path):
+    """2, then 1, then 2: what is no longer exact is said, and is small."""
+    for processes, phase in ((2, "teacher"), (1, "burnin")):
+        job = train(unseen, tmp_path, processes=processes, fault=("at_step", 0, phase, 1, "SIGTERM"))
+        assert job.wait() == [143] * processes, job.text()
+    assert "warning: 2 processes before, 1 now: the images of each step stay the same" in job.text()
+    job = train(unseen, tmp_path, processes=2)
+    assert job.wait() == [0, 0]
+    assert "warning: 1 processes before, 2 now" in job.text(0)
+    end, other = (engine.load_checkpoint(out / "teacher.pt") for out in (whole(2), tmp_path))
+    assert not same(end["student"], other["student"])
+    for name, value in end["student"].items():
+        torch.testing.assert_close(other["student"][name], value, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=slow)])
+def test_runs_of_two_processes_killed_at_random_end_bit_equal(unseen, whole, tmp_path, tally, kills):
+    """kill -9 to one of them or to both; the other one ends by itself."""
+    rng, killed, runs, slowest = random.Random(kills), 0, 0, 0.0
+    while killed < kills:
+        out = tmp_path / str(runs)
+        while True:
+            job = train(unseen, out, "--save-every", 1, processes=2)
+            if killed < kills:
+                job.wait_for("12 training images")
+                time.sleep(rng.uniform(0, 1.2))
+                victims = rng.choice([[0], [1], [0, 1]])
+                for victim in victims:
+                    job.processes[victim].kill()
+            started = time.time()
+            codes = job.wait()
+            if codes == [0, 0]:
+                break
+            slowest = max(slowest, time.time() - started)
+            assert -signal.SIGKILL in codes, job.text()
+            killed += 1
+        assert differences(whole(2), out) == []
+        runs += 1
+    tally("random kills of two processes, resumed bit-exact", killed, kills, f"in {runs} runs")
+    tally("processes that ended after another was killed", killed, kills, f"the last after {slowest:.1f} s")
+
+
+# ------------------------------------------------------------------------- checkpoints whole or not at all
+
+
+class Disk:
+    """Counts what is done to files, and stops the process at operation `last`: as kill -9 does, or as a
+    power cut, after which nothing is there that was not flushed."""
+
+    def __init__(self, last, power_cut):
+        self.last, self.power_cut, self.count, self.names = last, power_cut, 0, []
+        self.dirty, self.renamed = set(), []
+        self.real = os.fsync, os.replace, os.unlink
+        os.fsync, os.replace, os.unlink = self.fsync, self.replace, self.unlink
+        engine.open = self.open
+
+    def tick(self, name):
+        self.names.append(name)
+        self.count += 1
+        if self.count == self.last:
+            if self.power_cut:
+                for new, old in reversed(self.renamed):  # names that were not flushed
+                    self.real[1](new, old)
+                for file in self.dirty:
+                    if os.path.exists(file):
+                        os.truncate(file, os.path.getsize(file) // 2)
+            os._exit(9)
+
+    def open(self, path, mode="r", **more):
+        file = builtins.open(path, mode, **more)  # noqa: SIM115
+        if "w" not in mode:
+            return file
+        self.dirty.add(str(path))
+        write, disk = file.write, self
+
+        class Counting:
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+            def write(self, content):
+                done = write(content)
+                disk.tick("write")
+                return done
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                file.close()
+
+        return Counting()
+
+    def fsync(self, file):
+        self.real[0](file)
+        name = os.readlink(f"/proc/self/fd/{file}")
+        if os.path.isdir(name):
+            self.renamed = []
+        self.dirty.discard(name)
+        self.tick("flush-folder" if os.path.isdir(name) else "flush-file")
+
+    def replace(self, old, new):
+        self.dirty = {str(new) if file == str(old) else file for file in self.dirty}
+        self.real[1](old, new)
+        self.renamed.append((new, old))
+        self.tick("rename")
+
+    def unlink(self, path, **_):
+        self.real[2](path)
+        self.tick("remove")
+
+
+@dataclass
+class Few:
+    out: str
+    keep: int = 1
+    seed: int = 0
+    lr: float = 0.1
+    weight_decay: float = 0.1
+    backbone_lr_factor: float = 1.0
+    accumulate: int = 1
+
+
+def save(out, steps, final=False):
+    run = engine.Run(
+        Few(str(out)),
+        "phase",
+        torch.nn.Linear(2, 2),
+        torch.device("cpu"),
+        9,
+        (0, 9),
+        describe={"model_args": {}},
+    )
+    for step in steps:
+        run.save_step(step)
+    if final:
+        run.finish()
+
+
+def in_a_fork(function) -> int:
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), 1)
+            function()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("power_cut", [False, True])
+def test_a_save_cut_at_any_point_leaves_a_checkpoint_that_loads(tmp_path, tally, power_cut):
+    points, code = 0, 9
+    while code == 9:
+        out = tmp_path / str(points)
+        out.mkdir()
+        save(out, [1])
+
+        def cut(out=out, last=points + 1):
+            disk = Disk(last, power_cut)
+            save(out, [2], final=True)
+            (out / "operations").write_text(" ".join(disk.names))
+
+        code = in_a_fork(cut)
+        files = [*out.glob("phase.pt"), *out.glob("phase.step-*.pt")]
+        assert files and all(engine.load_checkpoint(file) for file in files), files
+        points += code == 9
+    assert code == 0 and [file.name for file in files] == ["phase.pt"], "the final one alone is left"
+    names = (out / "operations").read_text().split()
+    order = [name for before, name in zip(["", *names], names) if name != before]
+    one = ["write", "flush-file", "rename", "flush-folder"]
+    assert order == [*one, "remove", *one, "remove"] and points == len(names) > 50
+    kind = "power cuts" if power_cut else "kills"
+    tally(f"{kind} within a save after which a checkpoint loads", points, points)
+
+
+def damaged(content: bytes, rng) -> bytes:
+    """Cut, a byte changed, a part lost, zeroed or doubled."""
+    place, length = rng.randrange(len(content)), rng.randrange(1, 2000)
+    before, part, after = content[:place], content[place : place + length], content[place + length :]
+    return rng.choice(
+        [
+            before,
+            before + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :],
+            before + after,
+            before + bytes(len(part)) + after,
+            before + rng.randbytes(len(part)) + after,
+            before + part + part + after,
+        ]
+    )
+
+
+def test_a_thousand_damaged_checkpoints_are_detected(whole, tmp_path, tally):
+    """Torch itself does not look at the checksums. A byte that changes nothing of what is read may pass."""
+    save(tmp_path, [1])
+    [file] = engine.step_files(tmp_path, "phase")
+    content, sound = file.read_bytes(), engine.load_checkpoint(file)
+    rng, refused, harmless, tried = random.Random(0), 0, 0, 0
+    while tried < 1000:
+        file.write_bytes(damaged(content, rng))
+        if file.read_bytes() == content:
+            continue
+        tried += 1
+        try:
+            harmless += same(engine.load_checkpoint(file), sound)
+        except ValueError as error:
+            assert str(file) in str(error) and "\n" not in str(error)
+            refused += 1
+            with pytest.raises(ValueError, match="phase.step"):
+                read_weights(file)
+    assert refused > 900
+    tally(
+        "damaged checkpoints detected", refused + harmless, tried, f"{harmless} of them without a difference"
+    )
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(unseen, whole, tmp_path):
+    job = train(unseen, tmp_path, fault=("at_step", 0, "burnin", 3, "SIGKILL"))
+    assert job.wait() == [-9] and "fault" in job.text()
+    shutil.copy(tmp_path / "burnin.step-0000002.pt", tmp_path / "burnin.step-0000003.pt")
+    os.truncate(tmp_path / "burnin.step-0000003.pt", 5000)
+    job = train(unseen, tmp_path)
+    assert job.wait() == [0]
+    assert job.text().count("is damaged") == 1, "said once"
+    assert (
+        "burnin.step-0000003.pt is not a checkpoint, or is damaged: BadZipFile; the one before" in job.text()
+    )
+    assert "burnin: resumed at step 2 of 4" in job.text()
+    assert differences(whole(1), tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["teacher.pt", "distill.step-0000001.pt"])
+def test_nothing_is_trained_anew_in_silence(unseen, whole, tmp_path, name):
+    """A final checkpoint that is damaged, or all that a phase has to go on from."""
+    shutil.copytree(whole(1), tmp_path / "run")
+    if "step" in name:
+        (tmp_path / "run/distill.pt").unlink()
+    (tmp_path / "run" / name).write_bytes(b"hello")
+    job = train(unseen, tmp_path / "run")
+    assert job.wait() == [2]
+    error = job.text().splitlines()[-1]
+    assert error.startswith("error: ") and "damaged" in error and "remove" in error
+    assert (tmp_path / "run" / name).read_bytes() == b"hello"
+
+
+def test_an_explicit_checkpoint_that_is_damaged_is_refused(data, unseen, whole, tmp_path):
+    file = tmp_path / "teacher.pt"
+    content = bytearray((whole(1) / "teacher.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    for job in (
+        train(unseen, tmp_path / "teacher", "--teacher", file),
+        train(unseen, tmp_path / "init", "--init", file),
+        Job(tmp_path / "evaluation", file, "--data", data, script="evaluate"),
+    ):
+        assert job.wait() == [2]
+        assert job.text() == f"error: {file} is not a checkpoint, or is damaged: BadZipFile\n"
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+def left(job, codes, latency, started):
+    assert job.wait() == codes, job.text()
+    latency.append(time.time() - started)
+    assert "Traceback" not in job.text(), job.text()
+
+
+def test_signals_save_and_leave_at_once(data, tmp_path, tally):
+    """In training, in an evaluation between two steps, at the end of a phase and alone: to one of two
+    processes, and to a single one."""
+    latency, saved = [], 0
+    for number, name in enumerate(("SIGTERM", "SIGUSR1", "SIGINT")):
+        for processes in (1, 2):
+            out = tmp_path / f"{name}-{processes}"
+            job = train(data, out, "--save-every", 100, processes=processes, steps=1000)
+            victim = (number + processes) % processes
+            assert job.wait_for("teacher 3/1000", 0)
+            started = time.time()
+            os.kill(job.processes[victim].pid, getattr(signal, name))
+            left(job, [143] * processes, latency, started)
+            [file] = engine.step_files(out, "teacher")
+            done = engine.load_checkpoint(file)["step"]
+            assert 3 <= done < 100 and f"saved at step {done}" in job.text(0)
+            saved += 1
+    for name, steps, flags in (("SIGTERM", 5, ["--eval-every", 3]), ("SIGUSR1", 3, [])):
+        out = tmp_path / f"evaluation-{name}"
+        job = train(data, out, *flags, "--save-every", 100, steps=steps, fault=("slow_evaluation", 30))
+        assert job.wait_for("evaluating")
+        started = time.time()
+        os.kill(job.processes[0].pid, getattr(signal, name))
+        left(job, [143], latency, started)
+        assert f"stopped by {name}" in job.text()
+        assert [file.name for file in engine.step_files(out, "teacher")] == ["teacher.step-0000003.pt"]
+        saved += 1
+    out = tmp_path / "SIGTERM-1"
+    file = engine.step_files(out, "teacher")[0]
+    for name, victim, processes in (("SIGTERM", 0, 1), ("SIGUSR1", 1, 2)):
+        job = Job(
+            tmp_path / f"evaluate-{name}",
+            file,
+            processes=processes,
+            fault=("slow_evaluation", 1 if processes == 2 else 30),
+            script="evaluate",
+        )
+        assert job.wait_for("evaluating", victim)
+        started = time.time()
+        os.kill(job.processes[victim].pid, getattr(signal, name))
+        left(job, [143] if processes == 1 else [1, 143], latency, started)
+        saved += 1
+    tally("signals that saved and left", saved, len(latency), f"the last after {max(latency):.1f} s")
+
+
+def test_ctrl_c_twice_waits_for_nothing(data, tmp_path):
+    job = train(data, tmp_path, steps=1000, fault=("slow_step", "teacher", 3))
+    assert job.wait_for("a slow step")
+    os.kill(job.processes[0].pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert job.processes[0].is_alive(), "once waits for the end of the step"
+    os.kill(job.processes[0].pid, signal.SIGINT)
+    assert job.wait(5) == [-signal.SIGINT]
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(unseen, tmp_path):
+    job = train(unseen, tmp_path, processes=2, fault=("not_finite", 1, "burnin", [1, 2]))
+    assert job.wait() == [0, 0], job.text()
+    error = job.text(1)
+    for step in (2, 3):
+        assert f"warning: burnin step {step}, process 1: loss_ce, loss_mask" in error
+    assert "guided_loss_ce not finite with the images '" in error
+    assert error.count(".png'") == 2 * 6 and "the gradient is not finite; the step is skipped" in job.text(0)
+    steps = {
+        state["step"].item()
+        for state in engine.load_checkpoint(tmp_path / "burnin.pt")["optimizer"]["state"].values()
+    }
+    assert steps == {2.0}, "of the optimiser: two of four were skipped"
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert ["loss" in r for r in records if r["phase"] == "burnin"][:4] == [True, False, False, True]
+    for phase in PHASES:
+        checkpoint = engine.load_checkpoint(tmp_path / f"{phase}.pt")
+        assert all(value.isfinite().all() for value in checkpoint["student"].values())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ten_of_them_in_a_row_end_the_run_and_the_last_good_checkpoint_stays(unseen, tmp_path, processes):
+    fault = ("not_finite", processes - 1, "teacher", range(5, 20))
+    job = train(unseen, tmp_path, steps=30, processes=processes, fault=fault)
+    assert job.wait() == [3] * processes
+    assert "10 such steps in a row; saved at step 4; a lower --lr" in job.text(0)
+    assert "Traceback" not in job.text()
+    file = engine.step_files(tmp_path, "teacher")[0]
+    assert file.name == "teacher.step-0000004.pt"
+    job = train(
+        unseen, tmp_path, steps=30, processes=processes, fault=("at_step", 0, "teacher", 6, "SIGTERM")
+    )
+    assert job.wait() == [143] * processes and "resumed at step 4" in job.text(0)
+
+
+@pytest.mark.parametrize(
+    "threshold, words",
+    [(0.999, "pseudo-labels of an image: none;"), (0.0, "more than half as many as queries;")],
+)
+def test_pseudo_labels_that_vanish_or_explode_are_said_once(unseen, tmp_path, threshold, words):
+    job = train(unseen, tmp_path, "--score-threshold", threshold, "--min-area", 0)
+    assert job.wait() == [0]
+    for phase in ("burnin", "distill"):
+        lines = [line for line in job.text().splitlines() if line.startswith(f"warning: {phase}: ")]
+        assert len(lines) == 1 and words in lines[0], job.text()
+        assert (
+            "the teacher's highest score is 0." in lines[0]
+            and f"--score-threshold is {threshold}" in lines[0]
+        )
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def test_a_fault_on_one_process_ends_them_all_with_its_message(unseen, tmp_path, tally):
+    loader = "--workers", 1, "--loader-timeout", 3
+    faults = [
+        (1, ("at_step", 1, "teacher", 2, "raise"), "KeyError: 'planted'", ()),
+        (-9, ("at_step", 1, "burnin", 2, "SIGKILL"), "fault: SIGKILL", ()),
+        (2, ("loader", 1, "dead"), "is killed by signal: Killed", loader),
+        (2, ("loader", 1, "stuck"), "DataLoader timed out after 3.0 seconds", loader),
+    ]
+    held, longest = 0, 0
+    for number, (code, fault, words, flags) in enumerate(faults):
+        job = train(unseen, tmp_path / str(number), *flags, steps=100, processes=2, fault=fault)
+        assert job.wait_for("fault: ", 1)
+        started = time.time()
+        codes = job.wait()
+        longest = max(longest, time.time() - started)
+        assert codes[1] == code and codes[0] == 1, (codes, job.text())
+        assert words in job.text(1)
+        assert job.text(0).endswith("error (process 0): another process has ended, see its message\n"), (
+            job.text(0)
+        )
+        assert ("Traceback" in job.text()) == (fault[-1] == "raise"), "only a bug shows one"
+        held += 1
+    tally(
+        "faults on one of two processes without a hang",
+        held,
+        len(faults),
+        f"the last ended after {longest:.1f} s",
+    )
+
+
+def test_a_process_without_objects_and_pseudo_labels_trains_along(unseen, tmp_path):
+    """And every parameter of its student has a gradient, or the others would wait for it."""
+    job = train(unseen, tmp_path, processes=2, fault=("few_objects",))
+    assert job.wait() == [0, 0], job.text()
+    assert "fault: no objects" in job.text(1)
