@@ -702,13 +702,19 @@ def stream(
     )
     others = multiprocessing.active_children()
     batches = iter(loader)
-    atexit.register(_end, [child for child in multiprocessing.active_children() if child not in others])
-    return _watched(batches, len(image_ids))
+    workers = [child for child in multiprocessing.active_children() if child not in others]
+    atexit.register(_end, workers)
+    return _watched(batches, workers, len(image_ids))
 
 
-def _watched(batches, number: int):
+def _watched(batches, workers, number: int):
     damaged = set()
-    for batch in batches:
+    while True:
+        try:
+            batch = next(batches)
+        except RuntimeError:  # one of them died or is stuck
+            _end(workers)
+            raise
         new = {message for item in batch for message in item.pop("damaged")} - damaged
         damaged |= new
         for message in sorted(new):
@@ -747,7 +753,7 @@ def _leave_signals_to_the_main_process(_) -> None:
 
 
 def _end(workers) -> None:
-    """At the end of the program: DataLoader would send them a SIGTERM, and wait."""
+    """DataLoader would send them a SIGTERM, which they do not hear, and wait."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where DataLoader looks for workers that died
     for worker in workers:
         worker.kill()

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -171,7 +172,13 @@ def start_processes(device: str = "", precision: str = "") -> torch.device:
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # torchrun may be killed
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        place = {name: int(os.environ[name.upper()]) for name in ("rank", "world_size")}
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if restarts != "0" and os.environ["GROUP_WORLD_SIZE"] == "1":
+            # torchrun's store still has the addresses of processes that are gone
+            place["store"] = dist.PrefixStore(f"restart {restarts}", next(dist.rendezvous("env://"))[0])
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), **place)
     return device
 
 
@@ -618,7 +625,8 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     except (OSError, RuntimeError) as error:  # the latter is how torch says that the disk is full
         with contextlib.suppress(OSError):
             temporary.unlink()
-        refuse(f"{path} cannot be written, what was saved before is untouched: {error}")
+        reason = f"{shutil.disk_usage(path.parent).free:,} bytes are free there; {error}"
+        refuse(f"{path} cannot be written, what was saved before is untouched: {reason}")
 
 
 def load_checkpoint(path) -> dict:

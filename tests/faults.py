@@ -3,6 +3,7 @@
 They are forked from a server that has imported everything, so that one starts in no time."""
 
 import atexit
+import hashlib
 import multiprocessing
 import os
 import resource
@@ -14,7 +15,9 @@ import time
 import traceback
 from pathlib import Path
 
+import numpy as np
 import torch
+from pycocotools import mask as mask_tools
 
 import burnin
 import data
@@ -167,13 +170,14 @@ def slow_evaluation(rank, seconds=0.5):
 
 
 def slow_step(rank, phase, step):
-    """In which Python hears no signal."""
+    """Of many long operations."""
     update = engine.Run.update
 
     def slow(run, *arguments):
         if (run.phase, run.step) == (phase, step):
             print("a slow step", flush=True)
-            sum(range(10**10))
+            for _ in range(50):
+                sum(range(10**7))
         return update(run, *arguments)
 
     engine.Run.update = slow
@@ -185,14 +189,14 @@ def streams_from_the_start(rank):
 
 
 def no_space(rank, phase, step):
-    """From a step on no file may grow beyond a kilobyte."""
+    """From a step on no file may grow beyond 100 kB."""
     save = engine.Run.save
 
     def faulty(run, path, at, **results):
-        if (run.phase, at) >= (phase, step):
+        if (run.phase, at) == (phase, step):
             print("fault: no space", flush=True)
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
             save(run, path, at, **results)
         return save(run, path, at, **results)
 
@@ -200,8 +204,51 @@ def no_space(rank, phase, step):
 
 
 def nobody(rank):
-    """A user who may not write everywhere, as root may."""
-    os.seteuid(65534)
+    """Root may write everywhere."""
+    lock = engine.lock
+
+    def by_nobody(folder):
+        if os.getuid() == 0:
+            os.seteuid(65534)
+        print("fault: user", os.geteuid(), flush=True)
+        lock(folder)
+
+    engine.lock = by_nobody
+
+
+def noisy_truth(rank):
+    """In place of a model's predictions: the objects, moved, some with wrong classes and some left out, the
+    same for an image wherever it is seen."""
+    make = evaluate.coco_results
+
+    def detections(image_id, result, category_ids):
+        found, rng = make(image_id, result, category_ids), np.random.default_rng(image_id)
+        print("image", image_id, flush=True)
+        for o in truth[0].objects(image_id):
+            mask = mask_tools.decode(data.to_rle(o["segmentation"], *truth[0].size(image_id)))
+            rle = mask_tools.encode(np.asfortranarray(np.roll(mask, rng.integers(0, 5), axis=0)))
+            category = rng.choice(category_ids) if rng.random() < 0.2 else o["category_id"]
+            entry = {"image_id": image_id, "category_id": int(category), "segmentation": rle}
+            found.append(entry | {"score": float(rng.random())})
+        return found
+
+    truth, evaluate.coco_results = [], detections
+    read = evaluate.CocoDataset
+
+    def remember(*arguments):
+        truth.append(read(*arguments))
+        return truth[0]
+
+    evaluate.CocoDataset = remember
+    mask_ap = evaluate.mask_ap
+
+    def keep(dataset, detections):
+        order = sorted(detections, key=lambda d: (d["image_id"], d["score"]))
+        digest = hashlib.sha256(repr([(d["score"], d["segmentation"]) for d in order]).encode())
+        print("detections", len(order), digest.hexdigest(), flush=True)
+        return mask_ap(dataset, detections)
+
+    evaluate.mask_ap = keep
 
 
 def few_objects(rank):

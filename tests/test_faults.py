@@ -4,13 +4,19 @@ happened.
 make torture runs all of it. What is marked slow is left out of make test, where shorter versions stand in."""
 
 import builtins
+import fcntl
 import json
 import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +26,7 @@ import engine
 from shapes import write_shapes
 from weights import read_weights
 
+ROOT = Path(engine.__file__).parent
 slow = pytest.mark.slow
 PHASES = "teacher", "burnin", "distill"
 
@@ -565,3 +572,163 @@ def test_a_process_without_objects_and_pseudo_labels_trains_along(unseen, tmp_pa
     job = train(unseen, tmp_path, processes=2, fault=("few_objects",))
     assert job.wait() == [0, 0], job.text()
     assert "fault: no objects" in job.text(1)
+
+
+@pytest.mark.parametrize("checkpoint", ["teacher.pt", "distill.pt"])
+def test_ap_is_the_same_on_one_two_and_three_processes(data, whole, tmp_path, tally, checkpoint):
+    """To the last bit, of seven images, each seen once. Random predictions and noisy truth together."""
+    printed, results = [], []
+    for processes in (1, 2, 3):
+        file = tmp_path / f"{processes}.json"
+        flags = whole(1) / checkpoint, "--data", data, "--json", file, "--device", "cpu"
+        job = Job(
+            tmp_path / str(processes), *flags, script="evaluate", processes=processes, fault=("noisy_truth",)
+        )
+        assert job.wait() == [0] * processes, job.text()
+        models = 1 if checkpoint == "teacher.pt" else 2
+        assert job.text().count("image ") == 7 * models
+        printed.append({line for line in job.text(0).splitlines() if line.startswith("detections")})
+        results.append(json.loads(file.read_text()))
+    assert results[0] == results[1] == results[2] and printed[0] == printed[1] == printed[2]
+    assert 0 < results[0][checkpoint.replace(".pt", "").replace("distill", "student")]["AP"] < 90
+    tally(f"AP of {checkpoint} on 1, 2, 3 processes equal to the last bit", 3, 3)
+
+
+# --------------------------------------------------------------------------------------- disk and folders
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(unseen, whole, tmp_path):
+    job = train(unseen, tmp_path, fault=("no_space", "burnin", 4))
+    assert job.wait() == [2] and "fault: no space" in job.text()
+    error = job.text().splitlines()[-1]
+    assert error.startswith(
+        f"error: {tmp_path}/burnin.step-0000004.pt cannot be written, what was saved before"
+    )
+    assert sorted(file.name for file in tmp_path.glob("*.pt")) == ["burnin.step-0000002.pt", "teacher.pt"]
+    assert not list(tmp_path.glob("*.tmp")) and "Traceback" not in job.text()
+    job = train(unseen, tmp_path)
+    assert job.wait() == [0] and "burnin: resumed at step 2 of 4" in job.text()
+    assert differences(whole(1), tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused(unseen):
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o555)
+        out = Path(folder) / "run"
+        for where in (Path(folder), out):
+            job = Job(Path(tempfile.mkdtemp()), "--data", unseen, *TINY, "--out", where, fault=("nobody",))
+            assert job.wait() == [2] and "fault: user" in job.text()
+            error = job.text().splitlines()[-1]
+            assert error == f"error: nothing can be written into --out '{where}': Permission denied"
+
+
+def test_a_folder_belongs_to_one_run_as_long_as_its_process_lives(unseen, tmp_path):
+    first = train(unseen, tmp_path / "run", steps=500)
+    assert first.wait_for("teacher 3/500")
+    second = Job(tmp_path / "second", "--data", unseen, *TINY, "--out", tmp_path / "run", "--steps", 500)
+    assert second.wait() == [2]
+    pid = first.processes[0].pid
+    owner = f"process {pid} on {socket.gethostname()}"
+    assert second.text() == f"error: --out '{tmp_path}/run' is in use by {owner!r}; choose another\n"
+    assert first.processes[0].is_alive()
+    first.kill()
+    third = train(unseen, tmp_path / "run", steps=500, fault=("at_step", 0, "teacher", 10, "SIGTERM"))
+    assert third.wait() == [143] and "resumed at step" in third.text()
+
+
+# ------------------------------------------------------------------------------------------------ torchrun
+
+
+def torchrun(script, *flags, launcher=(), log=None, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, script, *flags]
+    with open(log, "w") as output:
+        return subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+
+
+def printed(log, words, seconds=60) -> bool:
+    end = time.time() + seconds
+    while words not in log.read_text() and time.time() < end:
+        time.sleep(0.02)
+    return words in log.read_text()
+
+
+TWO = "--standalone", "--nproc_per_node=2"
+
+
+@pytest.mark.parametrize(
+    "name, code",
+    [("SIGTERM", 1), pytest.param("SIGUSR1", -10, marks=slow), pytest.param("SIGINT", 1, marks=slow)],
+)
+def test_a_signal_to_the_launcher_saves_too(unseen, tmp_path, tally, name, code):
+    """Torchrun passes on SIGTERM and Ctrl-C, and ends with a code of its own; SIGUSR1 kills it."""
+    log = tmp_path / "log.txt"
+    flags = "--data", unseen, *TINY, "--out", tmp_path / "run", "--steps", 3000, "--save-every", 3000
+    process = torchrun("burnin.py", *flags, "--workers", 1, launcher=TWO, log=log)
+    assert printed(log, "teacher 3/3000")
+    started = time.time()
+    process.send_signal(getattr(signal, name))
+    assert process.wait(30) == code
+    assert printed(log, "the same command goes on from here", 10), log.read_text()
+    latency = time.time() - started
+    while holders(tmp_path / "run/lock"):
+        time.sleep(0.02)
+    [file] = engine.step_files(tmp_path / "run", "teacher")
+    assert f"saved at step {engine.load_checkpoint(file)['step']}" in log.read_text()
+    assert "DataLoader" not in log.read_text()
+    tally(f"{name} to the launcher, saved", 1, 1, f"after {latency:.1f} s")
+
+
+def holders(lock) -> bool:
+    """Whether a process has the lock."""
+    with open(lock, "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
+KILLED_ONCE = """
+import os, sys, pathlib
+sys.path[:0] = {paths}
+import burnin, distill, faults
+marker = pathlib.Path({marker!r})
+rank = int(os.environ["RANK"])
+if rank == 1 and not marker.exists():
+    marker.touch()
+    faults.at_step(1, 1, "burnin", 2, "SIGKILL")
+distill.cli()
+"""
+
+
+def test_torchrun_restarts_a_run_whose_process_was_killed(unseen, whole, tmp_path):
+    script, log = tmp_path / "script.py", tmp_path / "log.txt"
+    paths = [str(ROOT), str(ROOT / "tests")]
+    script.write_text(KILLED_ONCE.format(paths=paths, marker=str(tmp_path / "killed")))
+    flags = "--data", unseen, *TINY, "--out", tmp_path / "run", "--steps", 4, "--workers", 0
+    process = torchrun(script, *flags, launcher=[*TWO, "--max-restarts=1"], log=log)
+    assert process.wait(120) == 0, log.read_text()
+    assert "fault: SIGKILL" in log.read_text() and "burnin: resumed at step 2 of 4" in log.read_text()
+    assert differences(whole(2), tmp_path / "run") == []
+
+
+def test_two_machines_give_the_result_of_one(unseen, whole, tmp_path):
+    """Two launchers of one process each, which find each other as those of two machines do."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = [
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=localhost:{port}",
+    ]
+    flags = "--data", unseen, *TINY, "--out", tmp_path / "run", "--steps", 4, "--workers", 0
+    logs = [tmp_path / f"log-{number}.txt" for number in range(2)]
+    nodes = [torchrun("distill.py", *flags, launcher=launcher, log=log) for log in logs]
+    assert [node.wait(120) for node in nodes] == [0, 0], "".join(log.read_text() for log in logs)
+    assert sorted("distill done" in log.read_text() for log in logs) == [False, True], "one of them is first"
+    assert differences(whole(2), tmp_path / "run") == []
