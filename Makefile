@@ -8,7 +8,7 @@ test: .venv/installed-tests
 	.venv/bin/python -m pytest -q tests -m "not slow"
 
 torture: .venv/installed-tests
-	.venv/bin/python -m pytest -q tests/test_faults.py
+	.venv/bin/python -m pytest -q tests/test_faults.py tests/test_reading.py
 
 lint: .venv/installed-tests
 	.venv/bin/ruff check .

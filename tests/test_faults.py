@@ -7,7 +7,9 @@ import builtins
 import fcntl
 import json
 import os
+import pickle
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -15,14 +17,18 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from faults import TINY, Job
+from PIL import Image
 
 import engine
+from data import CocoDataset, DataError, Packed, View, Views, load_data, stream
+from matcher import SetCriterion
 from shapes import write_shapes
 from weights import read_weights
 
@@ -293,10 +299,13 @@ def save(out, steps, final=False):
         run.finish()
 
 
-def in_a_fork(function) -> int:
+def in_a_fork(function, seconds=20) -> int:
+    """Its exit code: 0, 1 after an exception, less if it was killed or took too long."""
     child = os.fork()
     if not child:
         code = 1
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(seconds)
         try:
             with open(os.devnull, "w") as null:
                 os.dup2(null.fileno(), 1)
@@ -732,3 +741,210 @@ def test_two_machines_give_the_result_of_one(unseen, whole, tmp_path):
     assert [node.wait(120) for node in nodes] == [0, 0], "".join(log.read_text() for log in logs)
     assert sorted("distill done" in log.read_text() for log in logs) == [False, True], "one of them is first"
     assert differences(whole(2), tmp_path / "run") == []
+
+
+# ----------------------------------------------------------------------------------------- hostile input
+
+
+class Executes:
+    """A pickle of it leaves a trace where it is loaded."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def archive(path, content: bytes, compressed=b""):
+    """A file in the form of torch.save, of any content."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", content)
+        file.writestr("archive/version", "3")
+        file.writestr("archive/byteorder", "little")
+        if compressed:
+            file.writestr("archive/data/0", compressed, compress_type=zipfile.ZIP_DEFLATED)
+
+
+def hostile_checkpoints(folder, trace):
+    """Files that execute something, or ask for memory without end, when they are read in good faith."""
+    for protocol in (0, 2, 4):  # the last one in a valid frame
+        content = pickle.dumps({"model": Executes(trace), "format": 1}, protocol)
+        (folder / f"pickle-{protocol}.pkl").write_bytes(content)
+        archive(folder / f"pickle-{protocol}.pt", content)
+    torch.save({"format": 1, "student": Executes(trace)}, folder / "saved.pt")
+    torch.save({"model": Executes(trace)}, folder / "old.pth", _use_new_zipfile_serialization=False)
+    huge = (2**31 - 1).to_bytes(4, "little")
+    (folder / "index.pkl").write_bytes(b"\x80\x02}r" + huge + b".")
+    (folder / "length.pkl").write_bytes(b"\x80\x04\x8e" + (2**45).to_bytes(8, "little") + b"x.")
+    (folder / "frame.pkl").write_bytes(b"\x80\x04\x95" + (2**45).to_bytes(8, "little") + b"}.")
+    archive(folder / "index.pt", b"\x80\x02}r" + huge + b".")
+    archive(folder / "bomb.pt", pickle.dumps({"format": 1}, 2), compressed=bytes(500_000_000))
+    (folder / "header.safetensors").write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    (folder / "text.pt").write_bytes(b"hello" * 1000)
+    (folder / "nothing.pt").write_bytes(b"")
+
+
+def hostile_data(folder, secret):
+    """Name -> what is changed in a data set of one image of 40 x 40 with one annotation."""
+    (folder / "zero.json").symlink_to("/dev/zero")
+    os.mkfifo(folder / "pipe.json")
+    (folder / "images/out.png").symlink_to(secret)
+    pixels = bytearray((folder / "images/a.png").read_bytes())
+    pixels[16:24] = (100_000).to_bytes(4, "big") * 2
+    (folder / "images/bomb.png").write_bytes(pixels)
+    (folder / "images/script.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n"
+    )
+    zigzag = [value for x in range(5000) for value in (x % 40, 40 * (x % 2))]
+    image = {"id": 1, "height": 40, "width": 40}
+    return {
+        "a device as JSON": "zero.json",
+        "a pipe as JSON": "pipe.json",
+        "JSON in JSON": "[" * 200_000,
+        "JSON of a long number": '{"images": ' + "9" * 100_000 + "}",
+        "JSON that ends": '{"images": [',
+        "a path upwards": {"images": [image | {"file_name": "../secret.png"}]},
+        "an absolute path": {"images": [image | {"file_name": str(secret)}]},
+        "a link out of the folder": {"images": [image | {"file_name": "out.png"}]},
+        "a huge image": {"images": [image | {"file_name": "a.png", "height": 10**9, "width": 10**9}]},
+        "a decompression bomb": {"images": [image | {"file_name": "bomb.png"}]},
+        "PostScript": {"images": [image | {"file_name": "script.png"}]},
+        "an RLE of huge runs": {"segmentation": {"size": [40, 40], "counts": [0, 10**15]}},
+        "a compressed RLE of huge runs": {"segmentation": {"size": [40, 40], "counts": "o" * 50 + "0"}},
+        "an RLE of a huge size": {"segmentation": {"size": [10**6, 10**6], "counts": [10**12]}},
+        "an RLE of negative runs": {"segmentation": {"size": [40, 40], "counts": [-1600, 3200]}},
+        "a polygon far away": {"segmentation": [[0, 0, 1e9, 0, 1e9, 1e9]]},
+        "a polygon of no numbers": {"segmentation": [[0, 0, float("nan"), 0, float("inf"), 9]]},
+        "a polygon without end": {"segmentation": [zigzag * 20]},
+    }
+
+
+def in_bounds(function, *arguments, megabytes=300):
+    """Calls it in a fork. Returns the ValueError it raises; AssertionError if it takes more."""
+    read, write = os.pipe()
+
+    def call():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            text = f"nothing was refused: {function(*arguments)!r}"[:200]
+        except ValueError as error:
+            text = f"refused: {error}"
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
+        os.write(write, f"{text}\n{grown}".encode())
+
+    assert in_a_fork(call) == 0, arguments
+    os.close(write)
+    text, grown = os.read(read, 100_000).decode().rsplit("\n", 1)
+    os.close(read)
+    assert text.startswith("refused: ") and int(grown) < megabytes, (arguments, text, grown)
+    return text.removeprefix("refused: ")
+
+
+def use(json_file, images):
+    """As training does: every view of every image. A mask that is left out is a refusal too."""
+    dataset = CocoDataset(json_file, images)
+    views = Views(dataset, View((64, 64)))
+    for image_id in dataset.image_ids:
+        views[image_id, 0]
+    if dataset.dropped:
+        raise DataError(dataset.dropped[0])
+    return dataset
+
+
+def test_hostile_files_are_refused_and_nothing_is_executed(tmp_path, tally):
+    """Within bounds of time and memory, in one line that names the file."""
+    trace, refused = tmp_path / "trace", 0
+    (tmp_path / "checkpoints").mkdir()
+    hostile_checkpoints(tmp_path / "checkpoints", trace)
+    with pytest.raises(FileExistsError):  # the control: read in good faith, it is executed
+        for _ in range(2):
+            pickle.loads((tmp_path / "checkpoints/pickle-4.pkl").read_bytes())
+    trace.rmdir()
+    for file in sorted((tmp_path / "checkpoints").iterdir()):
+        for read in (engine.load_checkpoint, read_weights):
+            error = in_bounds(read, file)
+            assert str(file) in error and "\n" not in error
+            refused += 1
+        assert not trace.exists(), file
+    tally("hostile checkpoints refused", refused, 2 * len(list((tmp_path / "checkpoints").iterdir())))
+
+
+def test_hostile_data_is_refused(tmp_path, tally):
+    (tmp_path / "images").mkdir()
+    for file in (tmp_path / "images/a.png", tmp_path / "secret.png"):
+        Image.new("RGB", (40, 40)).save(file)
+    whole = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 40, "width": 40}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[1, 1, 30, 1, 30, 30]]}],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(whole))
+    assert use(tmp_path / "a.json", tmp_path / "images").image_ids == [1]
+    cases = hostile_data(tmp_path, tmp_path / "secret.png")
+    for name, change in cases.items():
+        file = tmp_path / "a.json"
+        if isinstance(change, dict):
+            annotation = whole["annotations"][0] | {k: v for k, v in change.items() if k == "segmentation"}
+            content = (
+                whole | {"annotations": [annotation]} | {k: v for k, v in change.items() if k == "images"}
+            )
+            file.write_text(json.dumps(content))
+        elif change.endswith(".json"):
+            file = tmp_path / change
+        else:
+            file.write_text(change)
+        error = in_bounds(use, file, tmp_path / "images")
+        assert "\n" not in error and len(error) < 1000, name
+    tally("hostile data refused", len(cases), len(cases))
+
+
+# ------------------------------------------------------------------ failures that users of other code report
+
+
+def test_every_parameter_has_a_gradient_whatever_there_is_to_find(make_model):
+    """Or DistributedDataParallel fails on unused parameters: without objects, and with more than queries."""
+    for number in (0, 20):
+        model = make_model()
+        targets = [{"labels": torch.zeros(number).long(), "masks": torch.ones(number, 64, 64).bool()}]
+        losses = SetCriterion(3, num_points=16)(model(torch.zeros(1, 3, 64, 64)), targets)
+        sum(losses.values()).backward()
+        assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_large_batches_do_not_run_out_of_open_files(unseen):
+    """Every tensor from a loader process is an open file; systems allow 1024 unless asked for more."""
+
+    def load(ask):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        if ask:
+            engine.start_processes("cpu")
+        train, _ = load_data(str(unseen))
+        batches = stream(Views(train, View((32, 32))), train.image_ids, 60, seed=0, workers=2, timeout=3)
+        assert len([next(batches) for _ in range(3)]) == 3
+
+    assert in_a_fork(lambda: load(ask=False)) != 0
+    assert in_a_fork(lambda: load(ask=True)) == 0
+
+
+def dirty() -> int:
+    """MiB of memory that this process does not share."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("Private_Dirty")) // 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells what is shared")
+def test_memory_does_not_grow_with_loader_processes():
+    """What a process only reads it shares with the others: annotations in arrays, where counting references
+    to Python objects would copy them all."""
+    items = [{"id": i, "segmentation": [[float(i + j) for j in range(30)]]} for i in range(30_000)]
+    packed = Packed(items)
+
+    def read(rows):
+        before = dirty()
+        for i in range(len(rows)):
+            assert rows[i]["segmentation"][0][0] == i
+        assert dirty() - before < 5
+
+    assert in_a_fork(lambda: read(packed)) == 0
+    assert in_a_fork(lambda: read(items)) == 1, "the control: a plain list is copied"

@@ -1,6 +1,7 @@
 """Files of strangers: annotations, images and lists are right, or refused in one line that says what is wrong
 and where."""
 
+import io
 import json
 import os
 import random
@@ -230,11 +231,13 @@ def mutated(rng, value):
     return rng.choice(odd)
 
 
-def test_a_thousand_mutated_files_are_read_or_refused(folder):
+@pytest.mark.parametrize("count", [1000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_mutated_files_are_read_or_refused(folder, tally, count):
     """And what is read can be used: no mask crashes pycocotools, which trusts its input."""
     rng, loaded, refused = random.Random(0), 0, 0
-    for segmentation in (POLYGON, encoded(ones), {"size": [H, W], "counts": [7, 200, 33]}):
-        for _ in range(334):
+    forms = POLYGON, encoded(ones), {"size": [H, W], "counts": [7, 200, 33]}
+    for number, segmentation in enumerate(forms):
+        for _ in range(number, count, len(forms)):
             what = content(segmentation=segmentation)
             for _ in range(rng.randrange(1, 3)):
                 what = mutated(rng, what)
@@ -257,7 +260,8 @@ def test_a_thousand_mutated_files_are_read_or_refused(folder):
                     assert len(views[image_id, 1]["labels"]) <= len(dataset.objects(image_id))
                 except DataError as error:
                     assert "its annotations are for" in str(error)
-    assert loaded + refused == 1002 and loaded > 50 and refused > 300
+    assert loaded > 0.05 * count and refused > 0.3 * count
+    tally("mutated annotation files read or refused", loaded + refused, count, f"{loaded:,} of them read")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 500), (300, 200)])
@@ -315,6 +319,57 @@ def test_images_of_every_mode_have_the_right_pixels(tmp_path, mode, suffix):
     expected = {"RGB": marked(), "RGBA": marked(), "P": marked(), "CMYK": marked()}.get(mode, grey)
     expected = 255 * (grey > 99) if mode == "1" else expected
     assert found.shape == (H, W, 3) and np.abs(found.astype(int) - expected).max() <= 1
+
+
+def odd_image(rng) -> bytes:
+    """An image file of any mode and format, down to one pixel, often damaged in one way or another."""
+    mode, kind = rng.choice(MODES), rng.choice(["PNG", "TIFF", "JPEG", "WEBP", "BMP", "GIF", "PPM"])
+    H, W = (rng.choice([1, 2, 7, 33]) for _ in range(2))
+    pixels = np.frombuffer(rng.randbytes(H * W * 3), dtype=np.uint8).reshape(H, W, 3)
+    image = Image.fromarray(pixels)
+    image = Image.fromarray(pixels[..., 0].astype(np.uint16)) if mode == "I;16" else image.convert(mode)
+    file = io.BytesIO()
+    exif = image.getexif()
+    exif[data.ORIENTATION] = rng.randrange(0, 12)
+    try:
+        image.save(file, kind, **({"exif": exif} if kind in ("PNG", "TIFF", "JPEG", "WEBP") else {}))
+    except (OSError, ValueError):  # a format that does not know the mode
+        image.convert("RGB").save(file, kind)
+    content = bytearray(file.getvalue())
+    for _ in range(rng.choice([0, 0, 1, 1, 2, 5])):
+        place = rng.randrange(min(len(content), rng.choice([30, 10_000])))
+        damage = rng.randrange(4)
+        if damage == 0:
+            content[place] ^= 1 << rng.randrange(8)
+        elif damage == 1:
+            content[place : place + 4] = rng.randbytes(4)
+        elif damage == 2:
+            content[place : place + 4] = b"\xff\xff\xff\xff"
+        elif len(content) > 20:
+            del content[place:]
+            content += bytes(10)
+    return bytes(content)
+
+
+MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F", "YCbCr", "LAB", "HSV"]
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about the damages
+def test_odd_images_are_read_or_refused(tmp_path, tally, count):
+    rng, read_well, refused = random.Random(0), 0, 0
+    for number in range(count):
+        path = tmp_path / f"{number}.jpg"
+        path.write_bytes(odd_image(rng))
+        try:
+            image = read_image(path)
+            assert image.mode == "RGB" and np.asarray(image).shape == (image.height, image.width, 3)
+            read_well += 1
+        except DataError as error:
+            assert repr(str(path)) in str(error) and "\n" not in str(error), str(error)
+            refused += 1
+    assert read_well > 0.3 * count and refused > 0.1 * count
+    tally("odd images read or refused", read_well + refused, count, f"{read_well} of them read")
 
 
 def test_transparency_is_left_out(tmp_path):

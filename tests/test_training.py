@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -135,40 +134,6 @@ def test_the_student_of_phase_2_is_fresh_and_phase_3_begins_with_two_copies(fini
     assert not same(last["teacher"], burnt_in["student"]) and not same(last["teacher"], last["student"])
     steps = [state["step"].item() for state in last["optimizer"]["state"].values()]
     assert set(steps) == {10}, "phases 2 and 3 are one run of the optimiser"
-
-
-@pytest.mark.parametrize("cut", ["teacher 3/5", "burnin 2/5", "distill 2/5"])
-def test_a_run_cut_short_goes_on_and_ends_bit_equal(tiny, finished, tmp_path, cut):
-    flags = command(ROOT / "distill.py", "--data", tiny, *TINY, "--out", tmp_path, "--steps", "5")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(flags, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith(cut):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait(60) == 143 and "the same command goes on from here" in rest
-    assert "resumed at step" in train(tiny, tmp_path, "--steps", "5").stdout
-    for phase in ("teacher", "burnin", "distill"):
-        whole, parts = (engine.load_checkpoint(out / f"{phase}.pt") for out in (finished[0], tmp_path))
-        for entry in ("student", "teacher", "optimizer", "ap"):
-            assert same(whole[entry], parts[entry]), f"{entry} of {phase}"
-
-
-def test_a_killed_run_goes_on_from_the_last_saved_step_and_ends_bit_equal(tiny, finished, tmp_path):
-    flags = command(ROOT / "distill.py", "--data", tiny, *TINY, "--out", tmp_path, "--steps", "5")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(flags, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("distill 3/5"):
-            process.kill()
-            break
-    process.stdout.close()
-    process.wait(60)
-    printed = train(tiny, tmp_path, "--steps", "5").stdout
-    assert "distill: resumed at step" in printed and "phase 1" not in printed
-    whole, parts = (engine.load_checkpoint(out / "distill.pt") for out in (finished[0], tmp_path))
-    assert same(whole["student"], parts["student"]) and same(whole["teacher"], parts["teacher"])
 
 
 SAVE_EVERY_RANK = """
