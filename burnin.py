@@ -12,7 +12,6 @@ it is. In most other papers burn-in is only the first of these.
 
 It writes teacher.pt, then burnin.pt; distill.py goes on from there."""
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -506,16 +505,16 @@ def log_guided(run, losses, guided_losses, pseudo) -> None:
     )
     number = run.means.get("pseudo_labels", 1)
     if number == 0 or number > run.cfg.num_queries / 2:
-        warn_of_guidance(run, "none" if number == 0 else "more than half as many as queries")
+        warn_of_guidance(run, number)
 
 
-@functools.cache  # once
-def warn_of_guidance(run, number: str) -> None:
-    advice = f"--score-threshold is {run.cfg.score_threshold}" + (
-        ", or train the teacher longer" * (number == "none")
-    )
-    score = f"the teacher's highest score is {run.means['highest_score']:.2f}"
-    say(f"warning: {run.phase}: pseudo-labels of an image: {number}; {score}, {advice}")
+def warn_of_guidance(run, number: float) -> None:
+    """Once in a phase: the teacher finds nothing, or takes most of its queries for objects."""
+    if not run.warned:
+        run.warned = True
+        score = f"the teacher's highest score is {run.means['highest_score']:.2f}"
+        threshold = f"--score-threshold is {run.cfg.score_threshold}"
+        say(f"warning: {run.phase}: {number:.1f} pseudo-labels an image; {score}, {threshold}")
 
 
 def report(run, step, setting) -> None:

@@ -629,8 +629,7 @@ class Views(Dataset):
     """Training views of a dataset. Asked for (image_id, seed) it gives {"image": (3, H, W) uint8} and
 
     - if `strong`: "strong" (3, H, W) uint8, the strong view of the same crop;
-    - if `labels`: "labels" (N,) int64 and "masks" (N, H, W) bool, of the objects visible in the crop;
-    - "file", the path of the image, for messages.
+    - if `labels`: "labels" (N,) int64 and "masks" (N, H, W) bool, of the objects visible in the crop.
     """
 
     def __init__(self, dataset: CocoDataset | Pool, view: View, *, labels: bool = True, strong: bool = False):
@@ -645,7 +644,7 @@ class Views(Dataset):
         region, box, scale = geometry.region(image)
         if self.view.colour:
             region = colour_jitter(region, rng, 32 / 255, 0.5, 0.5, 18 / 360, probability=0.5)
-        item = {"file": str(self.dataset.path(image_id)), "image": to_tensor(geometry.lay(region, box))}
+        item = {"image": to_tensor(geometry.lay(region, box))}
         if self.with_strong:
             blur = [scale * sigma for sigma in self.view.blur]
             item["strong"] = to_tensor(geometry.lay(strong_view(region, rng, blur), box))
@@ -682,9 +681,9 @@ def stream(
     first_step=0,
     **sampling,
 ):
-    """An endless iterator over batches, each a list of `batch` items of `views`. With several processes
-    each takes its own part of a common batch. first_step: where to go on. sampling: arguments of
-    `StepSampler`.
+    """An endless iterator over batches, each a list of `batch` items of `views`, which have the path of their
+    image besides, as "file". With several processes each takes its own part of a common batch. first_step:
+    where to go on. sampling: arguments of `StepSampler`.
 
     A damaged image gives way to another one and is named on standard error; DataError ends the stream when
     they are more than one and more than 1 % of all. The DataLoader raises RuntimeError when a worker dies, or
@@ -726,16 +725,17 @@ def _watched(batches, workers, number: int):
 
 class Replacing(Dataset):
     """Views in which a damaged image gives way to another one of image_ids, drawn by its seed. Items have the
-    messages besides, as "damaged"."""
+    messages besides, as "damaged", and the path of the image, as "file"."""
 
-    def __init__(self, views: Dataset, image_ids):
+    def __init__(self, views: Views, image_ids):
         self.views, self.image_ids = views, image_ids
 
     def __getitem__(self, key) -> dict:
         (image_id, seed), damaged, tried = key, [], []
         for attempt in range(min(5, len(self.image_ids))):
             try:
-                return {**self.views[image_id, seed], "damaged": damaged}
+                file = str(self.views.dataset.path(image_id))
+                return {**self.views[image_id, seed], "file": file, "damaged": damaged}
             except DataError as error:
                 damaged.append(str(error))
                 tried.append(image_id)

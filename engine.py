@@ -380,6 +380,7 @@ class Run:
                 self.student.register_comm_hook(None, one_by_one)
         self.values, self.counts, self.means = {}, {}, {}  # means: of the last log line
         self.stop, self.skipped = False, 0  # whether any process shall stop; steps skipped in a row
+        self.warned = False  # of what the log shows
 
     def __iter__(self):
         global stop_at_once
@@ -402,9 +403,8 @@ class Run:
                 left = (now - started) / (done - self.first_step) * (self.steps - done)
                 self._write(done, (now - last_time) / (done - last_step), left)
                 last_time, last_step = now, done
-            if (
-                self.stop or done % self.cfg.save_every == 0 or done == self.steps
-            ):  # the last: evaluation may fail
+            last = done == self.steps  # saved too: what follows may fail
+            if self.stop or last or done % self.cfg.save_every == 0:
                 self.save_step(done)
             if self.stop:
                 say(f"{self.phase}: saved at step {self.saved}; the same command goes on from here")
@@ -421,14 +421,12 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
-        flags = torch.stack(
-            [norm.isfinite().logical_not(), torch.tensor(stop_asked, device=norm.device)]
-        ).float()
+        flags = torch.stack([1.0 - norm.isfinite().float(), torch.full_like(norm, stop_asked)])
         if world_size() > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
-        skip, self.stop = map(bool, flags.tolist())
-        self.skipped = self.skipped + 1 if skip else 0
-        if skip:
+        not_finite, self.stop = map(bool, flags.tolist())
+        self.skipped = self.skipped + 1 if not_finite else 0
+        if not_finite:
             return self._explain(terms, batch)
         if self.cfg.clip:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.cfg.clip, norm)
@@ -436,16 +434,12 @@ class Run:
 
     def _explain(self, terms, batch):
         """Why a step is skipped."""
-        names = [name for name, term in terms.items() if not term.isfinite()]
+        names = ", ".join(name for name, term in terms.items() if not term.isfinite())
+        files = ", ".join(repr(item["file"]) for item in batch)
         if names or rank() == 0:
-            files = ", ".join(repr(item["file"]) for item in batch)
-            reason = (
-                f"{', '.join(names)} not finite with the images {files}"
-                if names
-                else "the gradient is not finite"
-            )
+            what = f"{names} not finite with the images {files}" if names else "the gradient is not finite"
             place = f"{self.phase} step {self.step + 1}, process {rank()}"
-            print(f"warning: {place}: {reason}; the step is skipped", file=sys.stderr, flush=True)
+            print(f"warning: {place}: {what}; the step is skipped", file=sys.stderr, flush=True)
         if self.skipped == MOST_SKIPPED:
             advice = "a lower --lr or --precision fp32 may help"
             refuse(f"{self.skipped} such steps in a row; saved at step {self.saved}; {advice}", code=3)

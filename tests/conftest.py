@@ -61,7 +61,8 @@ def own_signals():
 
 @pytest.fixture(autouse=True)
 def fp32(monkeypatch):
-    """On every machine, unless a test asks otherwise: tests compare numbers."""
+    """And one thread on every machine, unless a test asks otherwise: tests compare numbers."""
+    torch.set_num_threads(1)
     monkeypatch.setattr(engine, "bfloat16", False)
 
 

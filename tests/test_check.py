@@ -2,20 +2,16 @@
 names each defect that was planted."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run
 from PIL import Image
 
 import burnin
 import data
 from tools import check
 
-ROOT = Path(data.__file__).parent
 MODES = ["RGB", "L", "LA", "P", "RGBA", "1", "CMYK", "I;16"]
 POLYGON = [[4, 4, 30, 4, 30, 30, 4, 30]]
 
@@ -65,14 +61,6 @@ def mine(tmp_path):
         save(picture(rng), folder / f"{place}/{number}.{suffix}", mode, orientation=1 + number % 8)
     (folder / "instances_train.json").write_text(json.dumps(what))
     return folder, what
-
-
-def run(script, *flags, code=0, cwd=ROOT):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [sys.executable, str(ROOT / script), *map(str, flags)]
-    done = subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
 
 
 TINY = (

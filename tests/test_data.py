@@ -483,6 +483,7 @@ def test_the_number_of_workers_changes_nothing(shapes):
     for keys, batch, other in zip(expected, alone, with_workers, strict=True):
         for key, a, b in zip(keys, batch, other, strict=True):
             item = views[key]
+            assert a.pop("file") == b.pop("file") == str(train.path(key[0]))
             assert a.keys() == b.keys() == item.keys()
             assert all(torch.equal(a[name], b[name]) and torch.equal(a[name], item[name]) for name in item)
 

@@ -529,7 +529,7 @@ def test_ten_of_them_in_a_row_end_the_run_and_the_last_good_checkpoint_stays(uns
 
 @pytest.mark.parametrize(
     "threshold, words",
-    [(0.999, "pseudo-labels of an image: none;"), (0.0, "more than half as many as queries;")],
+    [(0.999, ": 0.0 pseudo-labels an image;"), (0.0, " pseudo-labels an image;")],
 )
 def test_pseudo_labels_that_vanish_or_explode_are_said_once(unseen, tmp_path, threshold, words):
     job = train(unseen, tmp_path, "--score-threshold", threshold, "--min-area", 0)
@@ -577,10 +577,11 @@ def test_a_fault_on_one_process_ends_them_all_with_its_message(unseen, tmp_path,
 
 
 def test_a_process_without_objects_and_pseudo_labels_trains_along(unseen, tmp_path):
-    """And every parameter of its student has a gradient, or the others would wait for it."""
-    job = train(unseen, tmp_path, processes=2, fault=("few_objects",))
+    """With one labelled image for two processes."""
+    job = train(unseen, tmp_path, "--ratio", 0.1, processes=2, fault=("few_objects",))
     assert job.wait() == [0, 0], job.text()
     assert "fault: no objects" in job.text(1)
+    assert "warning: a batch has 6 images, but only 1 are labelled" in job.text(0)
 
 
 @pytest.mark.parametrize("checkpoint", ["teacher.pt", "distill.pt"])

@@ -453,7 +453,7 @@ def test_a_damaged_image_gives_way_to_another_one_and_is_named_once(many, capsys
     assert all(values.count(number) >= 3 for number in range(250) if number != 3)
     error = capsys.readouterr().err
     assert error.count("warning") == 1 and "3.png" in error
-    assert all(set(item) == {"image", "labels", "masks"} for item in next(batches))
+    assert all(set(item) == {"file", "image", "labels", "masks"} for item in next(batches))
     assert torch.equal(whole[4, 1]["image"], views[4, 1]["image"])
 
 

@@ -1,14 +1,11 @@
 """The commands as a user runs them, on a tiny dataset, and what holds over whole runs."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from torch import nn
 
 import burnin
@@ -20,7 +17,6 @@ from matcher import SetCriterion
 from model import Mask2Former
 from shapes import write_shapes
 
-ROOT = Path(__file__).parent.parent
 TINY = [
     "--preset",
     "shapes",
@@ -58,23 +54,8 @@ def tiny(tmp_path_factory):
     return folder
 
 
-def command(script, *flags, processes=1):
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*launcher, str(script), *map(str, flags)]
-
-
-def run(script, *flags, processes=1, code=0, cwd=ROOT):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    arguments = command(script, *flags, processes=processes)
-    done = subprocess.run(arguments, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
 def train(tiny, out, *flags, **how):
-    return run(ROOT / "distill.py", "--data", tiny, *TINY, "--out", out, *flags, **how)
+    return run("distill.py", "--data", tiny, *TINY, "--out", out, *flags, **how)
 
 
 def same(a, b):
@@ -92,7 +73,7 @@ def same(a, b):
 def finished(tiny, tmp_path_factory):
     """The output folder of an uninterrupted run, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    return out, train(tiny, out, "--steps", "5").stdout
+    return out, train(tiny, out, "--steps", "5", processes=1).stdout
 
 
 def test_distill_runs_the_three_phases_and_shows_table_and_picture(finished):
@@ -117,7 +98,7 @@ def test_run_again_it_says_that_all_is_done_and_repeats_the_table(tiny, finished
 def test_evaluate_prints_ap_of_student_and_teacher_by_size_and_class(tiny, finished, tmp_path):
     out, _ = finished
     file = tmp_path / "ap.json"
-    printed = run(ROOT / "evaluate.py", out / "distill.pt", "--data", tiny, "--json", file).stdout
+    printed = run("evaluate.py", out / "distill.pt", "--data", tiny, "--json", file).stdout
     for word in ("student", "teacher", "AP50", "AP75", "APs", "APm", "APl", "circle", "star"):
         assert word in printed
     aps = json.loads(file.read_text())
@@ -249,7 +230,7 @@ def test_what_a_user_can_get_wrong_is_one_line_and_exit_code_2(tiny, tmp_path, c
 
 
 def test_bad_flags_end_the_real_command_with_one_line():
-    done = run(ROOT / "distill.py", "--ratio", "5", code=2)
+    done = run("distill.py", "--ratio", "5", processes=1, code=2)
     assert done.stderr == "error: --ratio 5 must be in (0, 1]; 5 % is 0.05\n" and done.stdout == ""
 
 
@@ -288,7 +269,7 @@ def test_a_teacher_of_ones_own_may_be_another_model(tiny, finished, tmp_path):
     flags = ["--teacher", out / "teacher.pt", "--hidden-dim", "16", "--steps", "2"]
     printed = train(tiny, tmp_path, *flags).stdout
     assert "phase 1" not in printed and "phase 2" in printed
-    table = run(ROOT / "evaluate.py", tmp_path / "burnin.pt", "--data", tiny).stdout
+    table = run("evaluate.py", tmp_path / "burnin.pt", "--data", tiny).stdout
     assert "student" in table and "teacher" in table
 
 

@@ -4,13 +4,12 @@ names and shapes of the official model, written down one by one."""
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import run
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 from transformers import Mask2FormerForUniversalSegmentation
@@ -354,14 +353,6 @@ TRAINED += " --encoder-ffn 32 --decoder-layers 2 --decoder-ffn 32 --num-points 6
 TRAINED += " --backbone resnet50 --backbone-args {}"
 
 
-def command(script, *flags, code=0):
-    arguments = [sys.executable, str(ROOT / script), *map(str, flags)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
 @pytest.fixture(scope="module")
 def pkl(tmp_path_factory):
     """A small model of 7 classes and 9 queries in an official file."""
@@ -378,7 +369,7 @@ def test_training_starts_from_an_official_file(pkl, shapes, tmp_path):
     """Both fresh models do, and what was left out is said once; a learning rate of zero changes nothing."""
     path, source = pkl
     flags = ["--data", shapes, *TRAINED.split(), "--init", path, "--lr", "0", "--out", tmp_path]
-    printed = command("burnin.py", *flags).stdout
+    printed = run("burnin.py", *flags).stdout
     assert printed.count("7 classes, the data has 4") == printed.count("9 queries, the model 6") == 1
     for phase in ("teacher", "burnin"):
         found = read_weights(tmp_path / f"{phase}.pt")["student"]
@@ -391,7 +382,7 @@ def test_training_starts_from_an_official_file(pkl, shapes, tmp_path):
 
 def test_an_official_file_can_be_the_teacher_only_with_the_classes_of_the_data(pkl, shapes, tmp_path):
     flags = ["--data", shapes, *TRAINED.split(), "--teacher", pkl[0], "--out", tmp_path]
-    error = command("burnin.py", *flags, code=2).stderr
+    error = run("burnin.py", *flags, code=2).stderr
     assert error == "error: the checkpoint knows 7 classes, the data has 4\n"
 
 
@@ -403,7 +394,7 @@ def test_an_official_file_teaches_to_the_end(shapes, tmp_path):
     path = tmp_path / "teacher.pkl"
     path.write_bytes(pickle.dumps({"model": {name: value.numpy() for name, value in names.items()}}))
     small = TRAINED.replace("resnet50", "resnet10t").replace("frozen", "group").split()
-    printed = command("distill.py", "--data", shapes, *small, "--teacher", path, "--out", tmp_path).stdout
+    printed = run("distill.py", "--data", shapes, *small, "--teacher", path, "--out", tmp_path).stdout
     assert "burnt-in" in printed and (tmp_path / "predictions.png").exists()
 
 
