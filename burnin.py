@@ -247,7 +247,9 @@ def guided_step(
         guidance = teacher(images(unlabelled, "image", device))
     targets = pseudo_labels(guidance, cfg.score_threshold, cfg.min_area)
 
-    with autocast(device):  # one pass for both; only --norm batch mixes them, in its statistics
+    # One pass for both: DistributedDataParallel wants a backward before the next one. Only --norm batch mixes
+    # them, in its statistics.
+    with autocast(device):
         views = torch.cat([images(labelled, "image", device), images(unlabelled, "strong", device)])
         outputs = student(views)
     n, labels = len(labelled), to_device(labelled, device)

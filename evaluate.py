@@ -124,6 +124,7 @@ def gather(items: list) -> list:
     """The items of all processes, on every process."""
     if engine.world_size() == 1:
         return items
+    engine.wait_for_all()
     parts = [None] * engine.world_size()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]

@@ -476,6 +476,16 @@ def test_signals_save_and_leave_at_once(data, tmp_path, tally):
         os.kill(job.processes[victim].pid, getattr(signal, name))
         left(job, [143] if processes == 1 else [1, 143], latency, started)
         saved += 1
+    job = Job(tmp_path / "waiting", file, processes=2, fault=("slow_evaluation", 30, 0), script="evaluate")
+    assert job.wait_for("evaluating", 0)
+    time.sleep(1)  # enough for the other process, which then waits for the slow one
+    started = time.time()
+    os.kill(job.processes[1].pid, signal.SIGTERM)
+    job.processes[1].join(10)
+    latency.append(time.time() - started)
+    assert job.processes[1].exitcode == 143 and "stopped by SIGTERM" in job.text(1), job.text()
+    job.kill()
+    saved += 1
     tally("signals that saved and left", saved, len(latency), f"the last after {max(latency):.1f} s")
 
 
@@ -871,7 +881,12 @@ def test_hostile_files_are_refused_and_nothing_is_executed(tmp_path, tally):
     tally("hostile checkpoints refused", refused, 2 * len(list((tmp_path / "checkpoints").iterdir())))
 
 
-def test_hostile_data_is_refused(tmp_path, tally):
+def test_hostile_data_is_refused(tmp_path, tally, monkeypatch):
+    """Not even by the interpreter of PostScript, which Pillow looks for in the PATH."""
+    trace = tmp_path / "trace"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {trace}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     (tmp_path / "images").mkdir()
     for file in (tmp_path / "images/a.png", tmp_path / "secret.png"):
         Image.new("RGB", (40, 40)).save(file)
@@ -897,6 +912,7 @@ def test_hostile_data_is_refused(tmp_path, tally):
             file.write_text(change)
         error = in_bounds(use, file, tmp_path / "images")
         assert "\n" not in error and len(error) < 1000, name
+        assert not trace.exists(), name
     tally("hostile data refused", len(cases), len(cases))
 
 
