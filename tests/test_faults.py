@@ -578,6 +578,7 @@ def test_a_fault_on_one_process_ends_them_all_with_its_message(unseen, tmp_path,
         )
         assert ("Traceback" in job.text()) == (fault[-1] == "raise"), "only a bug shows one"
         held += 1
+    assert longest < 10, "of which three are the patience with a loader"
     tally(
         "faults on one of two processes without a hang",
         held,
@@ -785,7 +786,7 @@ def hostile_checkpoints(folder, trace):
         archive(folder / f"pickle-{protocol}.pt", content)
     torch.save({"format": 1, "student": Executes(trace)}, folder / "saved.pt")
     torch.save({"model": Executes(trace)}, folder / "old.pth", _use_new_zipfile_serialization=False)
-    huge = (2**31 - 1).to_bytes(4, "little")
+    huge = (2**27).to_bytes(4, "little")  # at this index the unpickler in C makes a table of 2 GiB
     (folder / "index.pkl").write_bytes(b"\x80\x02}r" + huge + b".")
     (folder / "length.pkl").write_bytes(b"\x80\x04\x8e" + (2**45).to_bytes(8, "little") + b"x.")
     (folder / "frame.pkl").write_bytes(b"\x80\x04\x95" + (2**45).to_bytes(8, "little") + b"}.")
@@ -876,6 +877,7 @@ def test_hostile_files_are_refused_and_nothing_is_executed(tmp_path, tally):
         for read in (engine.load_checkpoint, read_weights):
             error = in_bounds(read, file)
             assert str(file) in error and "\n" not in error
+            assert "BadZipFile" in error or file.name != "bomb.pt", "before it is unpacked"
             refused += 1
         assert not trace.exists(), file
     tally("hostile checkpoints refused", refused, 2 * len(list((tmp_path / "checkpoints").iterdir())))
