@@ -90,11 +90,11 @@ class Config:
     pixel_std: tuple = knob((), "standard deviation likewise")
     norm: str = knob("frozen", "the backbone's batch norms: frozen, batch (trained, synchronised), group")
     num_queries: int = knob(0, "objects found in an image at most; 0: 100, with swin_l 200")
-    hidden_dim: int = knob(256, "width of both decoders")
+    hidden_dim: int = knob(256, "width of both decoders", least=1)
     encoder_layers: int = knob(6, "deformable attention layers of the pixel decoder")
-    encoder_ffn: int = knob(1024, "width of their feed-forward networks")
+    encoder_ffn: int = knob(1024, "width of their feed-forward networks", least=1)
     decoder_layers: int = knob(9, "layers of the transformer decoder")
-    decoder_ffn: int = knob(2048, "width of their feed-forward networks")
+    decoder_ffn: int = knob(2048, "width of their feed-forward networks", least=1)
 
     # optimisation, all phases
     lr: float = knob(1e-4, "AdamW's learning rate")
@@ -104,12 +104,14 @@ class Config:
     schedule: str = knob(
         "step", "learning rate over a run: poly (power 0.9), step (x 0.1 at 0.889 and 0.963 of it), cosine"
     )
-    warmup: float = knob(0.0, "share of a run over which the learning rate rises from zero")
-    batch: int = knob(16, "labelled images a step, and as many unlabelled ones, over all processes")
+    warmup: float = knob(0.0, "share of a run over which the learning rate rises from zero", most=1)
+    batch: int = knob(16, "labelled images a step, and as many unlabelled ones, over all processes", least=1)
     accumulate: int = knob(
-        1, "parts in which a batch goes through the student: less memory, a third more time, the same result"
+        1,
+        "parts in which a batch goes through the student: less memory, a third more time, the same result",
+        least=1,
     )
-    num_points: int = knob(12544, "points on which masks are compared, in matching and losses")
+    num_points: int = knob(12544, "points on which masks are compared, in matching and losses", least=1)
     loss_weights: tuple = knob((2.0, 5.0, 5.0), "of class, mask BCE and dice, in matching and losses")
     no_object_weight: float = knob(0.1, 'weight of the class "no object" in the classification loss')
     steps: tuple = knob(
@@ -122,7 +124,7 @@ class Config:
     )
 
     # guidance
-    score_threshold: float = knob(0.7, "a pseudo-label's least class probability")
+    score_threshold: float = knob(0.7, "a pseudo-label's least class probability", most=1)
     min_area: int = knob(5, "a pseudo-label's mask is larger than this, pixels at stride 4")
     unsupervised_weight: float = knob(2.0, "weight of the loss on unlabelled images")
     repeat_threshold: float = knob(
@@ -136,9 +138,9 @@ class Config:
     precision: str = knob(
         "", "of the model's passes: bf16 or fp32; empty: bf16 where the device does it well"
     )
-    log_every: int = knob(50, "steps between two log lines")
-    save_every: int = knob(1000, "steps between two checkpoints that a stopped run goes on from")
-    keep: int = knob(2, "how many of these are kept while their phase lasts")
+    log_every: int = knob(50, "steps between two log lines", least=1)
+    save_every: int = knob(1000, "steps between two checkpoints that a stopped run goes on from", least=1)
+    keep: int = knob(2, "how many of these are kept while their phase lasts", least=1)
     eval_every: int = knob(0, "steps between two evaluations; 0: only at the end of a phase")
 
     def __post_init__(self):
@@ -148,12 +150,17 @@ class Config:
             self.steps *= 3
         if len(self.steps) != 3 or min(self.steps) < 1:
             raise ValueError(f"--steps is one number or three, each at least 1, found {self.steps}")
-        if self.accumulate < 1 or (self.accumulate > 1 and self.norm == "batch"):
-            raise ValueError(
-                "--accumulate is at least 1, and 1 with --norm batch, whose statistics are a batch's"
-            )
-        if min(self.log_every, self.save_every, self.keep) < 1 or self.eval_every < 0:
-            raise ValueError("--log-every, --save-every and --keep are at least 1, --eval-every at least 0")
+        if self.accumulate > 1 and self.norm == "batch":
+            raise ValueError("--accumulate is 1 with --norm batch, whose statistics are a batch's")
+        threes = {
+            "loss-weights": self.loss_weights,
+            "pixel-mean": self.pixel_mean,
+            "pixel-std": self.pixel_std,
+        }
+        for name, numbers in threes.items():
+            if len(numbers) != 3 and (numbers or name == "loss-weights"):
+                raise ValueError(f"--{name} must be three numbers, found {numbers}")
+        engine.check_ranges(self)
         self.num_queries = self.num_queries or (200 if self.backbone == "swin_l" else 100)
         share = Path(self.split).stem or f"{self.ratio:g}"
         self.out = self.out or f"runs/{Path(self.data).name}-{share}"
@@ -331,13 +338,16 @@ class Setting:
             "class_names": self.train.class_names,
             "split": split_hash(self.labelled),
         }
-        weights = dict(zip(("weight_class", "weight_mask", "weight_dice"), cfg.loss_weights, strict=True))
+        weights = dict(zip(("weight_class", "weight_mask", "weight_dice"), cfg.loss_weights))
         self.criterion = SetCriterion(
             self.num_classes, **weights, no_object_weight=cfg.no_object_weight, num_points=cfg.num_points
         ).to(self.device)
         self.view = View(cfg.crop, cfg.scale, cfg.short_side, colour=cfg.colour, blur=cfg.blur)
-        with torch.device("meta"):
-            Mask2Former(**self.model_args)
+        try:
+            with torch.device("meta"):
+                Mask2Former(**self.model_args)
+        except TypeError as error:
+            raise ValueError(f"--backbone-args {cfg.backbone_args}: {error}") from None
         self.init = read_weights(cfg.init)["student"] if cfg.init else None
         if self.init:
             for note in initialise(Mask2Former(**self.model_args), self.init):

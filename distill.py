@@ -31,7 +31,7 @@ from weights import read_weights
 class Config(burnin.Config):
     """Every number of the method; PRESETS change them per data set, flags change both."""
 
-    ema_decay: float = knob(0.9996, "of the teacher's weights that stay at each step")
+    ema_decay: float = knob(0.9996, "of the teacher's weights that stay at each step", most=1)
 
 
 PRESETS = {

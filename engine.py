@@ -38,9 +38,20 @@ FORMAT = 1  # of a checkpoint
 # ----------------------------------------------------------------------------------------------------- flags
 
 
-def knob(default, help: str):
-    """A field of a Config: its default, and a sentence with unit and reason, which --help shows."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def knob(default, help: str, least: float = 0, most: float = math.inf):
+    """A field of a Config: its default, a sentence with unit and reason, which --help shows, and the range of
+    its numbers."""
+    return dataclasses.field(default=default, metadata={"help": help, "range": (least, most)})
+
+
+def check_ranges(cfg) -> None:
+    """Raises ValueError for a number of a Config that is not in its range, or infinite."""
+    for field in dataclasses.fields(cfg):
+        value, (least, most) = getattr(cfg, field.name), field.metadata["range"]
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(number, (int, float)) and not (least <= number <= most and abs(number) < math.inf):
+                limits = f"at least {least:g}" + f" and at most {most:g}" * (most < math.inf)
+                raise ValueError(f"--{field.name.replace('_', '-')} must be {limits}, found {number}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,9 +102,9 @@ def _values(text: str) -> tuple:
 
 def _json(text: str) -> dict:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"JSON, found {text!r} ({error})") from None
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"an object in JSON, found {text!r} ({error})") from None
 
 
 def _boolean(text: str) -> bool:

@@ -420,6 +420,12 @@ def bomb(path):
     path.write_bytes(whole)
 
 
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=r"a\.tif' has floating-point pixels"):
+        read_image(tmp_path / "a.tif")
+
+
 DAMAGES = [truncated, emptied, bomb, lambda path: path.write_text("hello"), lambda path: path.unlink()]
 
 

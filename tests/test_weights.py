@@ -348,6 +348,12 @@ def test_any_other_difference_is_an_error_that_names_it(make_model, change, word
         initialise(make_model(), state_dict)
 
 
+def test_a_foreign_checkpoint_does_not_say_its_data(pkl):
+    path, _ = pkl
+    error = run("evaluate.py", path, code=2).stderr
+    assert error == f"error: {path} does not say what it was trained on: --data does\n"
+
+
 TRAINED = "--preset shapes --ratio 0.5 --steps 1 --crop 64,64 --num-queries 6 --hidden-dim 32 --batch 2"
 TRAINED += " --encoder-ffn 32 --decoder-layers 2 --decoder-ffn 32 --num-points 64 --norm frozen"
 TRAINED += " --backbone resnet50 --backbone-args {}"
