@@ -1,4 +1,4 @@
-"""The commands as a user gives them."""
+"""The commands as a user gives them, and whether what they leave is the same."""
 
 import contextlib
 import io
@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,3 +45,14 @@ def _here(script, flags, cwd):
     finally:
         os.chdir(before)
     return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue(), returncode=code)
+
+
+def same(a, b):
+    """Bit-equal, however nested."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b

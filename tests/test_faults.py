@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import same
 from faults import TINY, Job
 from PIL import Image
 
@@ -35,17 +36,6 @@ from weights import read_weights
 ROOT = Path(engine.__file__).parent
 slow = pytest.mark.slow
 PHASES = "teacher", "burnin", "distill"
-
-
-def same(a, b):
-    """Bit-equal, however nested."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.fixture(scope="module")

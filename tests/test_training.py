@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from commands import run
+from commands import run, same
 from torch import nn
 
 import burnin
@@ -56,17 +56,6 @@ def tiny(tmp_path_factory):
 
 def train(tiny, out, *flags, **how):
     return run("distill.py", "--data", tiny, *TINY, "--out", out, *flags, **how)
-
-
-def same(a, b):
-    """Bit-equal, however nested."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.fixture(scope="module")
