@@ -1,4 +1,5 @@
-# make demo: the whole method on a laptop.  make test: the tests.  make torture: those of failures, longer.  All make .venv and install what is needed the first time.
+# make demo: the whole method on a laptop.  make test: the tests.  make torture: those of what can break, longer.
+# Each makes .venv and installs what is needed the first time.
 PYTHON ?= python3
 
 demo: .venv/installed

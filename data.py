@@ -207,16 +207,8 @@ def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
 
 
 ORIENTATION = 0x0112  # the EXIF tag
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "TIFF",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "PPM",
-    "JPEG2000",
-)  # for PostScript Pillow would run a program
+# Not PostScript, for which Pillow would run a program.
+FORMATS = "JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000"
 
 
 # -------------------------------------------------------------------------------------------------- checking
@@ -351,12 +343,10 @@ def is_polygon(polygon, reach: int) -> bool:
     outline is not absurdly long: pycocotools takes memory for every pixel of it."""
     try:
         enough = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-        if not (
-            enough and math.isfinite(sum(polygon)) and -reach <= min(polygon) and max(polygon) <= 2 * reach
-        ):
-            return False
-        steps = np.diff(np.reshape(polygon, (-1, 2)), axis=0) if len(polygon) > 600 else np.zeros((1, 2))
-        return np.abs(steps).sum() <= 2000 * reach
+        near = enough and math.isfinite(sum(polygon)) and -reach <= min(polygon) and max(polygon) <= 2 * reach
+        if near and len(polygon) > 600:
+            return np.abs(np.diff(np.reshape(polygon, (-1, 2)), axis=0)).sum() <= 2000 * reach
+        return near
     except (TypeError, OverflowError):
         return False
 

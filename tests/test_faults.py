@@ -577,6 +577,24 @@ def test_a_fault_on_one_process_ends_them_all_with_its_message(unseen, tmp_path,
     )
 
 
+@pytest.mark.parametrize(
+    "flags, codes, words",
+    [
+        (["--norm", "batch"], [2, 2], "--norm batch is synchronised on GPUs only"),
+        (["--batch", 5], [2, 2], "--batch 5 does not divide by 2 processes"),
+        (["--data", "coco", "--root", "/nowhere"], [2, 1], "no annotation file '/nowhere/"),
+    ],
+)
+def test_a_refusal_is_one_line_of_each_process(unseen, tmp_path, flags, codes, words):
+    """Also where the first one alone reads, and the others wait for it."""
+    job = train(unseen, tmp_path, *flags, processes=2)
+    assert job.wait() == codes
+    assert job.text(0).startswith("error (process 0): " + words) and job.text(0).count("\n") == 1
+    waiting = "another process has ended, see its message"
+    assert job.text(1).startswith("error (process 1): " + (words if codes[1] == 2 else waiting))
+    assert job.text(1).count("\n") == 1, job.text(1)
+
+
 def test_a_process_without_objects_and_pseudo_labels_trains_along(unseen, tmp_path):
     """With one labelled image for two processes."""
     job = train(unseen, tmp_path, "--ratio", 0.1, processes=2, fault=("few_objects",))
