@@ -4,6 +4,7 @@ Runs alike in one process (`python script.py`) and in many (`torchrun --nproc_pe
 file knows nothing of the method."""
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -190,6 +191,8 @@ def start_processes(device: str = "", precision: str = "") -> torch.device:
             place["store"] = dist.PrefixStore(f"restart {restarts}", next(dist.rendezvous("env://"))[0])
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=30), **place)
+        if backend == "gloo":
+            atexit.register(dist.destroy_process_group)  # or its threads may abort a process that ends
     return device
 
 
@@ -228,6 +231,7 @@ def rank_zero_first():
 
 
 STOP_SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+STOPPED = 128 + signal.SIGTERM  # the exit code
 PR_SET_PDEATHSIG = 1
 
 stop_asked = False  # by a signal to this process
@@ -240,12 +244,13 @@ def _on_signal(number, _) -> None:
     if number == signal.SIGINT:
         signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C waits for nothing
     if stop_at_once:
-        leave(f"stopped by {signal.Signals(number).name}")
+        print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+        os._exit(STOPPED)  # Python's own way out would wait for what it has begun with other processes
 
 
-def leave(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-    sys.exit(128 + signal.SIGTERM)
+def leave() -> None:
+    print("stopped by a signal", file=sys.stderr, flush=True)
+    sys.exit(STOPPED)
 
 
 def say(*words, sep=" ") -> None:
@@ -419,10 +424,10 @@ class Run:
                 self.save_step(done)
             if self.stop:
                 say(f"{self.phase}: saved at step {self.saved}; the same command goes on from here")
-                leave("stopped by a signal")
+                leave()
         stop_at_once = True
         if stop_asked:  # since the last step
-            leave("stopped by a signal")
+            leave()
 
     def update(self, loss: Tensor, terms: dict, batch: list[dict]) -> None:
         """Backward, clipping of the whole model's gradient norm, and a step of the optimiser; no step, on no
@@ -489,7 +494,7 @@ class Run:
         self.save_step(step)
         stop_at_once = True
         if stop_asked:
-            leave("stopped by a signal")
+            leave()
         yield
         stop_at_once = False
 

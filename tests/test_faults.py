@@ -668,6 +668,27 @@ def test_a_folder_belongs_to_one_run_as_long_as_its_process_lives(unseen, tmp_pa
 # ------------------------------------------------------------------------------------------------ torchrun
 
 
+@pytest.mark.parametrize("pairs", [1, pytest.param(20, marks=slow)])
+def test_processes_end_with_their_own_code(tally, pairs):
+    """Every sixth pair or so had one that was aborted, as long as its group was not taken down."""
+    script = "import sys, torch, engine; engine.start_processes('cpu'); "
+    script += "[engine.mean_over_processes(torch.ones(1000)) for _ in range(50)]; sys.exit(143)"
+    held = 0
+    for _ in range(pairs):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
+        both = [
+            subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment | {"RANK": rank})
+            for rank in "01"
+        ]
+        codes = [process.wait(60) for process in both]
+        assert codes == [143, 143]
+        held += 1
+    tally("pairs of processes that ended with their own code", held, pairs)
+
+
 def torchrun(script, *flags, launcher=(), log=None, **environment):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, script, *flags]
