@@ -353,8 +353,10 @@ class Setting:
             for note in initialise(Mask2Former(**self.model_args), self.init):
                 say(f"--init {cfg.init}: {note}")
         engine.lr_factor(cfg.schedule, progress=0.0)
-        for phase in ("teacher", "burnin", "distill", "labels_only"):
-            engine.finished(cfg, phase, split=self.describe["split"])
+        self.finished = {  # read once: checkpoints are large
+            phase: engine.finished(cfg, phase, split=self.describe["split"])
+            for phase in ("teacher", "burnin", "distill", "labels_only")
+        }
         if cfg.teacher:
             load_teacher(cfg, self)
         say(
@@ -544,12 +546,12 @@ def finish(run, ap, **more) -> None:
 def main(cfg: Config, setting: Setting) -> None:
     """Whatever of phases 1 and 2 has not been run yet."""
     if cfg.labels_only:
-        if not engine.finished(cfg, "labels_only"):
+        if not setting.finished["labels_only"]:
             burn_in_teacher(cfg, setting, "labels_only")
         return
-    if engine.finished(cfg, "burnin"):
+    if setting.finished["burnin"]:
         return
-    if not cfg.teacher and not engine.finished(cfg, "teacher"):
+    if not cfg.teacher and not setting.finished["teacher"]:
         say("phase 1 of 3, teacher burn-in: labels only")
         burn_in_teacher(cfg, setting)
     say("phase 2 of 3, guided burn-in: a fresh student, a frozen teacher")

@@ -111,7 +111,7 @@ def main(cfg: Config) -> None:
         burnin.main(cfg, setting)
         if cfg.labels_only:
             return
-        if not engine.finished(cfg, "distill"):
+        if not setting.finished["distill"]:
             say("phase 3 of 3, distillation: the teacher follows the student")
             distill(cfg, setting)
         else:

@@ -249,6 +249,7 @@ def _on_signal(number, _) -> None:
 
 
 def leave() -> None:
+    """Ends the program after a signal, between two steps, when all is saved."""
     print("stopped by a signal", file=sys.stderr, flush=True)
     sys.exit(STOPPED)
 
@@ -489,7 +490,7 @@ class Run:
 
     @contextlib.contextmanager
     def safe(self, step):
-        """Around what takes long between two steps: the run is saved, so a signal need not wait."""
+        """Around what takes long between two steps: the run is saved first, so a signal need not wait."""
         global stop_at_once
         self.save_step(step)
         stop_at_once = True

@@ -112,7 +112,7 @@ def start(script, arguments, rank, environment, log, fault):
 # ------------------------------------------------------------------------------------------------ faults
 
 
-def at_step(rank, who, phase, step, action, *more):
+def at_step(rank, who, phase, step, action):
     """Before the optimiser's step `step` (from 0) of a phase, process `who` does what `action` says."""
     update = engine.Run.update
 
@@ -200,7 +200,6 @@ def no_space(rank, phase, step):
             print("fault: no space", flush=True)
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-            save(run, path, at, **results)
         return save(run, path, at, **results)
 
     engine.Run.save = faulty

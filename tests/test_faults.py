@@ -689,8 +689,8 @@ def test_processes_end_with_their_own_code(tally, pairs):
     tally("pairs of processes that ended with their own code", held, pairs)
 
 
-def torchrun(script, *flags, launcher=(), log=None, **environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+def torchrun(script, *flags, launcher, log):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", *launcher, script, *flags]
     with open(log, "w") as output:
         return subprocess.Popen(
