@@ -6,6 +6,11 @@ another. First a teacher learns from the few labelled images alone. Then a fresh
 learns from the same labels and, on unlabelled images, from the pseudo-labels of the teacher, which stays as
 it is. In most other papers burn-in is only the first of these.
 
+A pseudo-label is a class and a mask that the teacher predicts with confidence, taken as if a person had drawn
+it. Of an unlabelled image the teacher sees the weak view (resized, cropped, mirrored), and the student the
+strong view (the same crop with other colours, grey or blurred), so that the teacher's masks fit both. A query
+is one of the model's slots (model.py), each of which may claim one object.
+
     python burnin.py --data shapes --ratio 0.1                       # a laptop; writes runs/shapes-0.1/
     torchrun --nproc_per_node=8 burnin.py --data coco --ratio 0.01   # many GPUs
     python burnin.py --data my_dataset --teacher teacher.pt          # with a teacher of one's own
@@ -15,6 +20,7 @@ It writes teacher.pt, then burnin.pt; distill.py goes on from there."""
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +29,7 @@ import engine
 from data import (
     DataError,
     Pool,
+    Replacing,
     View,
     Views,
     labelled_split,
@@ -34,7 +41,16 @@ from data import (
     stream,
 )
 from engine import Run, autocast, knob, say
-from evaluate import ap_line, check_classes, evaluate, is_cityscapes, load_model
+from evaluate import (
+    ap_line,
+    check_classes,
+    evaluate,
+    gather,
+    is_cityscapes,
+    load_model,
+    pictures,
+    sheet,
+)
 from matcher import SetCriterion
 from model import Mask2Former, Prediction
 from weights import initialise, read_weights
@@ -42,19 +58,20 @@ from weights import initialise, read_weights
 
 @dataclass
 class Config:
-    """Every number of the method. The defaults are the paper's on COCO with ResNet-50; PRESETS change them
-    per data set, flags change both."""
+    """What a run may vary. The defaults are the paper's on COCO with ResNet-50, but for the lengths of the
+    two burn-ins; PRESETS change them per data set, flags change both. The strengths of the strong view stand
+    in data.strong_view, how points are sampled in matcher.SetCriterion."""
 
-    # data
     data: str = knob(
         "shapes",
         "shapes, coco, cityscapes, or a folder with instances_train.json, instances_val.json, images/",
+        group="data",
     )
     root: str = knob("", "where COCO or Cityscapes lies, or shapes is written; empty: a folder in datasets/")
     train_json: str = knob("", "with a folder as --data: this file in place of its instances_train.json")
     val_json: str = knob("", "this in place of its instances_val.json")
-    images: str = knob("", "this folder in place of its images/")
-    unlabelled: list = knob(None, "folders of images that join the unlabelled pool, with all that is below")
+    image_folder: str = knob("", "this in place of its images/")
+    unlabelled: list = knob(None, "folders whose images, also in subfolders, join the unlabelled pool")
     split: str = knob("", "file with the labelled images, a line each, in place of --ratio")
     preset: str = knob(
         "", "values of another data set: shapes, coco or cityscapes; empty: those of --data, or coco"
@@ -73,12 +90,12 @@ class Config:
     test_short_side: int = knob(800, "shorter side at test time, pixels; 0 keeps images as they are")
     test_long_side: int = knob(1333, "limit of the longer side at test time, pixels")
     workers: int = knob(4, "loader processes for each of the two streams; 0 loads in the training process")
-    loader_timeout: float = knob(300.0, "seconds without an image after which they count as stuck")
+    loader_timeout: float = knob(300.0, "seconds without an image after which one counts as stuck")
 
-    # model
     backbone: str = knob(
         "resnet50",
         "resnet50, resnet101, swin_t, swin_s, swin_b, swin_l, deit_b, dinov2_b, dinov2_l, or any timm model",
+        group="model",
     )
     pretrained: bool = knob(True, "start from timm's ImageNet weights (downloads them)")
     backbone_weights: str = knob("", "start from this file of timm's names instead")
@@ -90,50 +107,56 @@ class Config:
     pixel_std: tuple = knob((), "standard deviation likewise")
     norm: str = knob("frozen", "the backbone's batch norms: frozen, batch (trained, synchronised), group")
     num_queries: int = knob(0, "objects found in an image at most; 0: 100, with swin_l 200")
-    hidden_dim: int = knob(256, "width of both decoders", least=1)
+    hidden_dim: int = knob(256, "channels of pixel decoder and transformer decoder", least=1)
     encoder_layers: int = knob(6, "deformable attention layers of the pixel decoder")
     encoder_ffn: int = knob(1024, "width of their feed-forward networks", least=1)
     decoder_layers: int = knob(9, "layers of the transformer decoder")
     decoder_ffn: int = knob(2048, "width of their feed-forward networks", least=1)
 
-    # optimisation, all phases
-    lr: float = knob(1e-4, "AdamW's learning rate")
+    lr: float = knob(1e-4, "AdamW's learning rate", group="optimisation, all phases")
     weight_decay: float = knob(0.05, "AdamW's weight decay; none on norms, embeddings and position tables")
-    backbone_lr_factor: float = knob(0.1, "the backbone learns at this times lr")
+    backbone_lr_factor: float = knob(0.1, "the backbone's learning rate is this times lr")
     clip: float = knob(0.01, "largest norm of the whole model's gradient; 0: no clipping")
     schedule: str = knob(
-        "step", "learning rate over a run: poly (power 0.9), step (x 0.1 at 0.889 and 0.963 of it), cosine"
+        "step",
+        "learning rate over phase 1, and over phases 2 and 3 together: poly (power 0.9), step (x 0.1 at "
+        "0.889 and 0.963 of it), cosine",
     )
-    warmup: float = knob(0.0, "share of a run over which the learning rate rises from zero", most=1)
+    warmup: float = knob(0.0, "share of the schedule over which the learning rate rises from zero", most=1)
     batch: int = knob(16, "labelled images a step, and as many unlabelled ones, over all processes", least=1)
+    scale_to_batch: bool = knob(
+        False, "take lr, steps and EMA decay from the preset as they follow from --batch"
+    )
     accumulate: int = knob(
         1,
         "parts in which a batch goes through the student: less memory, a third more time, the same result",
         least=1,
     )
     num_points: int = knob(12544, "points on which masks are compared, in matching and losses", least=1)
-    loss_weights: tuple = knob((2.0, 5.0, 5.0), "of class, mask BCE and dice, in matching and losses")
+    loss_weights: tuple = knob((2.0, 5.0, 5.0), "weights of class, mask BCE and dice, in matching and losses")
     no_object_weight: float = knob(0.1, 'weight of the class "no object" in the classification loss')
     steps: tuple = knob(
         (25_000, 25_000, 343_750),
-        "of teacher burn-in (ours), guided burn-in (a published re-run's; the released default is 50,000), "
-        "distillation",
+        "steps of teacher burn-in (our choice), guided burn-in (a published re-run's; the released default "
+        "is 50,000), distillation",
     )
     labels_only: bool = knob(
         False, "the control: the teacher's training alone, for the steps of all three phases"
     )
 
-    # guidance
-    score_threshold: float = knob(0.7, "a pseudo-label's least class probability", most=1)
-    min_area: int = knob(5, "a pseudo-label's mask is larger than this, pixels at stride 4")
+    score_threshold: float = knob(
+        0.7, "lowest class probability of a pseudo-label", most=1, group="guidance, phases 2 and 3"
+    )
+    min_area: int = knob(5, "a pseudo-label's mask has more pixels than this, at a quarter of the resolution")
     unsupervised_weight: float = knob(2.0, "weight of the loss on unlabelled images")
     repeat_threshold: float = knob(
-        10.0, "repeat-factor sampling of labelled images in phases 2 and 3; 0: uniform"
+        10.0, "repeat-factor sampling of labelled images (data.repeat_factors), for rare classes; 0: uniform"
     )
     teacher: str = knob("", "checkpoint of a teacher of one's own; phase 1 is skipped")
 
-    # bookkeeping
-    seed: int = knob(0, "of the labelled split, the initial weights, the views and the points")
+    seed: int = knob(
+        0, "of the labelled split, the initial weights, the views and the points", group="the run"
+    )
     device: str = knob("", "cuda, mps or cpu; empty: the best there is")
     precision: str = knob(
         "", "of the model's passes: bf16 or fp32; empty: bf16 where the device does it well"
@@ -142,14 +165,15 @@ class Config:
     save_every: int = knob(1000, "steps between two checkpoints that a stopped run goes on from", least=1)
     keep: int = knob(2, "how many of these are kept while their phase lasts", least=1)
     eval_every: int = knob(0, "steps between two evaluations; 0: only at the end of a phase")
+    tensorboard: bool = knob(False, "curves and pictures for TensorBoard, in the folder tensorboard of --out")
 
     def __post_init__(self):
         if not 0 < self.ratio <= 1:
             raise ValueError(f"--ratio {self.ratio:g} must be in (0, 1]; 5 % is 0.05")
         if len(self.steps) == 1:
             self.steps *= 3
-        if len(self.steps) != 3 or min(self.steps) < 1:
-            raise ValueError(f"--steps is one number or three, each at least 1, found {self.steps}")
+        if len(self.steps) != 3 or not all(isinstance(n, int) and n >= 1 for n in self.steps):
+            raise ValueError(f"--steps is one number or three, whole and at least 1, found {self.steps}")
         if self.accumulate > 1 and self.norm == "batch":
             raise ValueError("--accumulate is 1 with --norm batch, whose statistics are a batch's")
         threes = {
@@ -163,13 +187,14 @@ class Config:
         engine.check_ranges(self)
         self.num_queries = self.num_queries or (200 if self.backbone == "swin_l" else 100)
         share = Path(self.split).stem or f"{self.ratio:g}"
-        self.out = self.out or f"runs/{Path(self.data).name}-{share}"
+        self.out = self.out or f"runs/{Path(self.data).resolve().name}-{share}"
 
 
 PRESETS = {
     # Small enough for two CPU cores, and from scratch: a short run needs a larger learning rate, a looser
-    # clip and a faster EMA than the paper's. "No object" weighs a tenth, so a query that is right every fifth
-    # time already claims 0.7; with 0.7 pseudo-labels doubled during distillation, with 0.9 they did not.
+    # clip and a faster EMA than the paper's. "No object" weighs only 0.1 in the loss, so scores are too
+    # high: a query that is right one time in five settles at 0.2 / (0.2 + 0.1 * 0.8) = 0.71. With a threshold
+    # of 0.7 pseudo-labels doubled during distillation, with 0.9 they did not.
     "shapes": dict(
         crop=(96, 96),
         scale=(0.8, 1.25),
@@ -197,8 +222,9 @@ PRESETS = {
         score_threshold=0.9,
         precision="fp32",  # a model as small gains nothing by bf16, and so all machines see the same
         save_every=100,
+        eval_every=250,
     ),
-    "coco": {},  # the defaults
+    "coco": {},
     "cityscapes": dict(
         crop=(512, 1024),
         short_side=tuple(round(512 + 102.4 * i) for i in range(16)),
@@ -212,12 +238,34 @@ PRESETS = {
 }
 
 
+def parse(config_class, presets: dict, argv=None, description=None) -> Config:
+    """A Config from preset and flags, and with --scale-to-batch from what of the preset fits --batch."""
+    cfg = engine.parse_config(config_class, presets, argv, description)
+    if not cfg.scale_to_batch:
+        return cfg
+    reference = config_class(**presets[cfg.preset])
+    presets = {**presets, cfg.preset: presets[cfg.preset] | scaled_to_batch(reference, cfg.batch)}
+    return engine.parse_config(config_class, presets, argv, description)
+
+
+def scaled_to_batch(reference: Config, batch: int) -> dict:
+    """The numbers with which another batch learns about the same. With k times the images in a step: 1/k of
+    the steps, as many images in all; lr * sqrt(k), because the noise of Adam's steps falls with sqrt(k)
+    (Malladi et al., NeurIPS 2022, arXiv 2205.10287); and the EMA's decay ** k, so that the teacher is as many
+    images behind the student (Busbridge et al., NeurIPS 2023, arXiv 2307.13813)."""
+    k = batch / reference.batch
+    steps = tuple(max(1, round(number / k)) for number in reference.steps)
+    ema = {"ema_decay": reference.ema_decay**k} if hasattr(reference, "ema_decay") else {}
+    return {"lr": reference.lr * k**0.5, "steps": steps, **ema}
+
+
 # ------------------------------------------------------------------------------------------------ the method
 
 
 @torch.no_grad()
 def pseudo_labels(outputs: dict, score_threshold: float = 0.7, min_area: int = 5) -> list[dict]:
-    """What the teacher is sure of, as targets (section 3.2). Hard labels; duplicates are not suppressed.
+    """What the teacher is sure of, as targets (Guided Distillation, section 3.2). Hard labels; duplicates are
+    not suppressed.
 
     outputs: as `Mask2Former` returns them, (B, Q, K+1) and (B, Q, h, w). A query is kept when its most
     probable entry is a class with a probability above score_threshold, and its mask has more than min_area
@@ -240,7 +288,7 @@ def pseudo_labels(outputs: dict, score_threshold: float = 0.7, min_area: int = 5
 def supervised_step(student: nn.Module, criterion: SetCriterion, labelled: list[dict], device) -> dict:
     """Mask2Former's losses on a batch of labelled images."""
     with autocast(device):
-        outputs = student(images(labelled, "image", device))
+        outputs = student(stack_images(labelled, "image", device))
     return set_losses(criterion, outputs, to_device(labelled, device))
 
 
@@ -251,20 +299,20 @@ def guided_step(
     against the teacher's pseudo-labels. The teacher sees the weak view, the student the strong view of the
     same crop. Returns both dictionaries and the pseudo-labels."""
     with torch.inference_mode(), autocast(device):
-        guidance = teacher(images(unlabelled, "image", device))
-    targets = pseudo_labels(guidance, cfg.score_threshold, cfg.min_area)
+        guidance = teacher(stack_images(unlabelled, "image", device))
+    pseudo = pseudo_labels(guidance, cfg.score_threshold, cfg.min_area)
 
     # One pass for both: DistributedDataParallel wants a backward before the next one. Only --norm batch mixes
     # them, in its statistics.
     with autocast(device):
-        views = torch.cat([images(labelled, "image", device), images(unlabelled, "strong", device)])
-        outputs = student(views)
-    n, labels = len(labelled), to_device(labelled, device)
-    pairs = criterion.match(outputs, labels + targets)  # for both: one copy to the CPU
-    on_labelled, on_unlabelled = split(outputs, n)
-    losses = set_losses(criterion, on_labelled, labels, [row[:n] for row in pairs])
-    guided_losses = set_losses(criterion, on_unlabelled, targets, [row[n:] for row in pairs])
-    return losses, guided_losses, targets
+        views = [stack_images(labelled, "image", device), stack_images(unlabelled, "strong", device)]
+        outputs = student(torch.cat(views))
+    B, targets = len(labelled), to_device(labelled, device)
+    pairs = criterion.match(outputs, targets + pseudo)  # for both: one copy to the CPU
+    on_labelled, on_unlabelled = split_outputs(outputs, B)
+    losses = set_losses(criterion, on_labelled, targets, [row[:B] for row in pairs])
+    guided_losses = set_losses(criterion, on_unlabelled, pseudo, [row[B:] for row in pairs])
+    return losses, guided_losses, pseudo
 
 
 def set_losses(criterion, outputs, targets, pairs=None) -> dict:
@@ -273,7 +321,7 @@ def set_losses(criterion, outputs, targets, pairs=None) -> dict:
     return criterion(outputs, targets, num_objects=engine.mean_over_processes(count), pairs=pairs)
 
 
-def split(outputs: dict, first: int) -> tuple[dict, dict]:
+def split_outputs(outputs: dict, first: int) -> tuple[dict, dict]:
     """The outputs of the first images of a batch, and of the others."""
     both = [
         {name: value.split([first, len(value) - first]) for name, value in p.items() if name != "aux_outputs"}
@@ -283,7 +331,7 @@ def split(outputs: dict, first: int) -> tuple[dict, dict]:
     return tuple(Prediction(last, aux_outputs=earlier) for last, *earlier in rows)
 
 
-def images(batch: list[dict], key: str, device) -> Tensor:
+def stack_images(batch: list[dict], key: str, device) -> Tensor:
     """(B, 3, H, W) uint8"""
     return torch.stack([item[key] for item in batch]).to(device, non_blocking=True)
 
@@ -294,13 +342,15 @@ def to_device(batch: list[dict], device) -> list[dict]:
 
 # --------------------------------------------------------------------------------------------- what it needs
 
+GUIDED = 2.5  # the time of a step in phases 2 and 3, in steps of phase 1: about, to tell how much is left
+
 
 class Setting:
-    """Data, model arguments and loss of a run: what all phases share. Raises ValueError for what a user got
-    wrong, before anything is trained."""
+    """Data, model arguments and loss of a run: what all phases share. last: the last phase of the program.
+    Raises ValueError for what a user got wrong, before anything is trained."""
 
-    def __init__(self, cfg: Config):
-        self.cfg = cfg
+    def __init__(self, cfg: Config, last: str = "burnin"):
+        self.cfg, self.last = cfg, last
         self.device = engine.start_processes(cfg.device, cfg.precision)
         if cfg.batch % engine.world_size():
             raise ValueError(f"--batch {cfg.batch} does not divide by {engine.world_size()} processes")
@@ -309,7 +359,7 @@ class Setting:
                 "--norm batch is synchronised on GPUs only; on several CPUs take group or frozen"
             )
         with engine.rank_zero_first():
-            files = dict(train_json=cfg.train_json, val_json=cfg.val_json, images=cfg.images)
+            files = dict(train_json=cfg.train_json, val_json=cfg.val_json, images=cfg.image_folder)
             self.train, self.val = load_data(cfg.data, cfg.root or None, **files)
             if engine.rank() == 0:
                 engine.lock(Path(cfg.out))
@@ -326,9 +376,9 @@ class Setting:
         if is_cityscapes(self.val):
             cityscapes.rules()
         self.num_classes = len(self.train.class_names)
-        names = "backbone backbone_args norm num_queries hidden_dim"
-        names += " encoder_layers encoder_ffn decoder_layers decoder_ffn"
-        self.model_args = {name: getattr(cfg, name) for name in names.split()} | {
+        fields = "backbone backbone_args norm num_queries hidden_dim"
+        fields += " encoder_layers encoder_ffn decoder_layers decoder_ffn"
+        self.model_args = {name: getattr(cfg, name) for name in fields.split()} | {
             "num_classes": self.num_classes,
             "pixel_mean": list(cfg.pixel_mean) or None,
             "pixel_std": list(cfg.pixel_std) or None,
@@ -336,16 +386,18 @@ class Setting:
         self.describe = {
             "model_args": self.model_args,
             "class_names": self.train.class_names,
+            "category_ids": self.train.category_ids,
             "split": split_hash(self.labelled),
         }
         weights = dict(zip(("weight_class", "weight_mask", "weight_dice"), cfg.loss_weights))
         self.criterion = SetCriterion(
             self.num_classes, **weights, no_object_weight=cfg.no_object_weight, num_points=cfg.num_points
         ).to(self.device)
+        self.test_sizes = {"short_side": cfg.test_short_side, "long_side": cfg.test_long_side}
         self.view = View(cfg.crop, cfg.scale, cfg.short_side, colour=cfg.colour, blur=cfg.blur)
         try:
             with torch.device("meta"):
-                Mask2Former(**self.model_args)
+                model = Mask2Former(**self.model_args)
         except TypeError as error:
             raise ValueError(f"--backbone-args {cfg.backbone_args}: {error}") from None
         self.init = read_weights(cfg.init)["student"] if cfg.init else None
@@ -358,14 +410,42 @@ class Setting:
             for phase in ("teacher", "burnin", "distill", "labels_only")
         }
         if cfg.teacher:
-            load_teacher(cfg, self)
-        say(
-            f"{cfg.data}: {len(self.train)} training images, {len(self.labelled)} of them labelled (split "
-            f"{self.describe['split']}), {len(self.pool.image_ids)} in the unlabelled pool, "
-            f"{len(self.val or ())} for validation, {self.num_classes} classes"
+            load_teacher(cfg, self)  # a wrong file is refused before anything is trained
+        if cfg.tensorboard:
+            engine.tensorboard_writer()
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    def show(self) -> None:
+        """The start banner, and warnings."""
+        cfg, steps = self.cfg, [f"{number:,}" for number in self.cfg.steps]
+        batch = f"{cfg.batch} labelled and {cfg.batch} unlabelled images a step, lr {cfg.lr:.3g}"
+        reference = type(cfg)(**PRESETS[cfg.preset or "coco"])
+        if cfg.batch != reference.batch and not cfg.scale_to_batch:
+            fitting = scaled_to_batch(reference, cfg.batch)
+            new = ", ".join(f"--{name.replace('_', '-')} {engine.shown(v)}" for name, v in fitting.items())
+            batch += f", the preset is for {reference.batch}, --scale-to-batch would take {new}"
+        engine.banner(
+            cfg.out,
+            f"Guided Distillation on {cfg.data} -> {cfg.out}",
+            self.device,
+            data=f"{len(self.train):,} training images, {len(self.labelled):,} of them labelled (split "
+            f"{self.describe['split']}), {len(self.pool.image_ids):,} in the unlabelled pool, "
+            f"{len(self.val or ()):,} for validation, {self.num_classes} classes",
+            model=f"Mask2Former, {cfg.backbone}, {cfg.num_queries} queries, {self.num_parameters / 1e6:.1f} "
+            "million parameters",
+            batch=batch,
+            steps=f"{sum(cfg.steps):,} on labels only"
+            if cfg.labels_only
+            else f"{steps[0]} teacher burn-in, {steps[1]} guided burn-in, {steps[2]} distillation",
         )
         for warning in self.warnings():
             say(f"warning: {warning}")
+
+    def later(self, phase: str) -> float:
+        """The work of the phases after this one, in its own steps."""
+        _, burnin, distill = self.cfg.steps
+        distill *= self.last == "distill"
+        return {"teacher": GUIDED * (burnin + distill), "burnin": distill}.get(phase, 0)
 
     def warnings(self):
         """What training can do with but its owner would want to know."""
@@ -395,72 +475,158 @@ class Setting:
             initialise(model, self.init)
         return model.to(self.device)
 
-    def streams(self, phase: str, first_step: int, guided: bool):
-        """Endless batches of labelled and of unlabelled images. The unlabelled pool is every training
-        image, the labelled ones too."""
-        cfg = self.cfg
-        common = dict(
-            batch=cfg.batch // engine.world_size(),
+    def labelled_stream(self, phase: str, first_step: int, repeats=None):
+        """Endless batches of labelled images. repeats: how often each is seen, default alike."""
+        views = Views(self.train, self.view)
+        return self._stream(views, self.labelled, phase, "labelled", first_step, repeats=repeats)
+
+    def both_streams(self, phase: str, first_step: int):
+        """Of phases 2 and 3: endless batches of labelled images, where those with rare classes come more
+        often, and of unlabelled ones. The unlabelled pool is every training image, the labelled ones too."""
+        threshold = self.cfg.repeat_threshold
+        repeats = repeat_factors(self.train, self.labelled, threshold) if threshold else None
+        views = Views(self.pool, self.view, labels=False, strong=True)
+        return (
+            self.labelled_stream(phase, first_step, repeats),
+            self._stream(views, self.pool.image_ids, phase, "unlabelled", first_step),
+        )
+
+    def _stream(self, views, image_ids, phase, name, first_step, **sampling):
+        return stream(
+            views,
+            image_ids,
+            batch=self.cfg.batch // engine.world_size(),
+            seed=seed_of(self.cfg.seed, phase, name),
             rank=engine.rank(),
             world_size=engine.world_size(),
-            workers=cfg.workers,
-            timeout=cfg.loader_timeout,
+            workers=self.cfg.workers,
+            timeout=self.cfg.loader_timeout,
             first_step=first_step,
+            **sampling,
         )
-        repeats = None
-        if guided and cfg.repeat_threshold:
-            repeats = repeat_factors(self.train, self.labelled, cfg.repeat_threshold)
-        labelled = stream(
-            Views(self.train, self.view),
-            self.labelled,
-            seed=seed_of(cfg.seed, phase, "labelled"),
-            repeats=repeats,
-            **common,
-        )
-        if not guided:
-            return labelled
-        unlabelled = stream(
-            Views(self.pool, self.view, labels=False, strong=True),
-            self.pool.image_ids,
-            seed=seed_of(cfg.seed, phase, "unlabelled"),
-            **common,
-        )
-        return labelled, unlabelled
 
     def evaluate(self, model) -> dict:
         if not self.val:
             return {}
-        return evaluate(
-            model,
-            self.val,
-            self.device,
-            short_side=self.cfg.test_short_side,
-            long_side=self.cfg.test_long_side,
-            batch=max(1, self.cfg.batch // engine.world_size()),
-        )
+        batch = max(1, self.cfg.batch // engine.world_size())
+        return evaluate(model, self.val, self.device, batch=batch, **self.test_sizes)
+
+    def pictures(self, models: dict) -> list[list]:
+        training = [model for model in models.values() if model.training]
+        for model in training:
+            model.eval()
+        rows = pictures(models, self.val, self.device, **self.test_sizes)
+        for model in training:
+            model.train()
+        return rows
+
+
+# --------------------------------------------------------------------------------- how good pseudo-labels are
+
+
+def count_right(pseudo: dict, truth: dict, least_iou: float = 0.5) -> tuple[int, float]:
+    """How many pseudo-labels of an image are right, and the sum of their mask IoUs. Right is one that has the
+    class of an object and an IoU of least_iou with it, if no pseudo-label of a higher score has found it.
+
+    pseudo: of an image, as `pseudo_labels` returns it. truth: "labels" (N,), "masks" (N, h, w) bool."""
+    found, objects = (t["masks"].flatten(1).float() for t in (pseudo, truth))
+    common = found @ objects.T
+    ious = common / (found.sum(1)[:, None] + objects.sum(1) - common).clamp(min=1)
+    ious[pseudo["labels"][:, None] != truth["labels"]] = 0
+    right, total = 0, 0.0
+    for row in pseudo["scores"].argsort(descending=True) if len(objects) else ():
+        iou, best = ious[row].max(0)
+        if iou >= least_iou:
+            right, total = right + 1, total + float(iou)
+            ious[:, best] = 0
+    return right, total
+
+
+@torch.no_grad()
+def health(teacher: nn.Module, setting: Setting, number: int = 200) -> dict:
+    """How good a model's pseudo-labels are, on weak views of `number` images, always the same ones: "images",
+    "kept" of each, mean "score", and the shares of "classes" beside those of the labelled images. Training
+    images that are not labelled have hidden labels, from which nothing learns; by these, in percent:
+    "precision", "recall", and the mean "mask_iou" of those that are right (`count_right`)."""
+    cfg, device, K = setting.cfg, setting.device, setting.num_classes
+    hidden = sorted(set(setting.train.image_ids) - set(setting.labelled))
+    dataset, ids = (setting.train, hidden) if hidden else (setting.pool, setting.pool.image_ids)
+    ids = sorted(ids, key=lambda i: seed_of(cfg.seed, "health", i))[:number]
+    views = Replacing(Views(dataset, setting.view, labels=bool(hidden)), ids)
+    mine = ids[engine.rank() :: engine.world_size()]
+    sums, classes = torch.zeros(6, dtype=torch.float64), torch.zeros(K, dtype=torch.float64)
+    training = teacher.training
+    teacher.eval()
+    for first in range(0, len(mine), cfg.batch):
+        batch = [views[i, seed_of(cfg.seed, "health", i)] for i in mine[first : first + cfg.batch]]
+        with autocast(device):
+            outputs = teacher(stack_images(batch, "image", device))
+        for item, pseudo in zip(batch, pseudo_labels(outputs, cfg.score_threshold, cfg.min_area)):
+            pseudo = {name: value.cpu() for name, value in pseudo.items()}
+            sums[:3] += torch.tensor([1, len(pseudo["labels"]), pseudo["scores"].sum()])
+            classes += torch.bincount(pseudo["labels"], minlength=K)
+            if hidden:
+                masks = nn.functional.avg_pool2d(item["masks"].float(), 4) > 0.5
+                right, ious = count_right(pseudo, {"labels": item["labels"], "masks": masks})
+                sums[3:] += torch.tensor([len(masks), right, ious])
+    teacher.train(training)
+    images, kept, scores, objects, right, ious = sum(gather([sums])).tolist()
+    labels = [label for image_id in setting.labelled for label in setting.train.labels(image_id)]
+    result = {"images": int(images), "kept": kept / images, "score": scores / max(1, kept)}
+    result["classes"] = shares(sum(gather([classes])), setting.train.class_names)
+    counts = torch.bincount(torch.tensor(labels, dtype=torch.int64), minlength=K)
+    result["labelled_classes"] = shares(counts, setting.train.class_names)
+    if hidden:
+        result["precision"] = 100 * right / max(1, kept)
+        result["recall"] = 100 * right / max(1, objects)
+        result["mask_iou"] = 100 * ious / max(1, right)
+    return result
+
+
+def shares(counts: Tensor, names: list[str]) -> dict:
+    """{name: share}, which sum to 1, or are 0 where nothing was counted."""
+    return dict(zip(names, (counts / counts.sum().clamp(min=1)).tolist()))
+
+
+def health_lines(result: dict, most: int = 5) -> list[str]:
+    """What `health` found, for people; of the classes those whose shares differ most."""
+    if not result["kept"]:
+        return [f"  no pseudo-labels on {result['images']} images"]
+    parts = [f"{result['kept']:.1f} an image, mean score {result['score']:.2f}"]
+    if "precision" in result:
+        parts += [f"{name} {result[name]:.1f}" for name in ("precision", "recall", "mask_iou")]
+    ours, theirs = result["classes"], result["labelled_classes"]
+    furthest = sorted(ours, key=lambda name: -abs(ours[name] - theirs[name]))[:most]
+    classes = [f"{name} {100 * ours[name]:.0f} ({100 * theirs[name]:.0f})" for name in furthest]
+    return [
+        f"  pseudo-labels of {result['images']} images: {', '.join(parts)}".replace("mask_iou", "mask IoU"),
+        f"  their classes in percent (labelled): {', '.join(classes)}",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ the phases
 
 
 def burn_in_teacher(cfg: Config, setting: Setting, phase: str = "teacher") -> None:
-    """Phase 1: a model learns from the labelled images alone -> teacher.pt. With the steps of all phases it
-    is the labels-only control."""
+    """Phase 1: a model learns from the labelled images alone -> teacher.pt. With the steps of all phases, as
+    phase "labels_only", it is the control; like phase 1 it sees all labelled images equally often."""
     steps = cfg.steps[0] if phase == "teacher" else sum(cfg.steps)
+    # Run, and so a checkpoint, calls the "student" what is trained: here the teacher to be.
     device, student = setting.device, setting.fresh_model("teacher")
-    run = Run(cfg, phase, student, device, steps, (0, steps), describe=setting.describe)
-    labelled = setting.streams(phase, run.first_step, guided=False)
+    more = dict(describe=setting.describe, later=setting.later(phase))
+    run = Run(cfg, phase, student, device, steps, (0, steps), **more)
+    labelled = setting.labelled_stream(phase, run.first_step)
 
     for step in run:
         batch = next(labelled)
         losses = supervised_step(run.student, setting.criterion, batch, device)
-        run.update(sum(losses.values()), losses, batch)
+        loss = sum(losses.values())
+        run.update(loss, losses, batch)
         # logging
-        run.log(loss=sum(losses.values()), images=cfg.batch // engine.world_size(), **main_losses(losses))
-        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < steps:
-            report(run, step + 1, setting)
+        run.log(last_layer(losses), loss=loss, images=len(batch))
+        report(run, step + 1, setting, run.model)
 
-    finish(run, setting.evaluate(run.model))
+    finish(run, setting, run.model)
 
 
 def burn_in_student(cfg: Config, setting: Setting) -> None:
@@ -468,28 +634,29 @@ def burn_in_student(cfg: Config, setting: Setting) -> None:
     schedule = 0, cfg.steps[1] + cfg.steps[2]  # phases 2 and 3 share one learning-rate schedule
     device, student = setting.device, setting.fresh_model("student")
     source = load_teacher(cfg, setting)
-    teacher, describe = load_model(source, "student", device), {"teacher_args": source["model_args"]}
-    describe |= setting.describe
-    run = Run(cfg, "burnin", student, device, cfg.steps[1], schedule, teacher, describe=describe)
-    labelled, unlabelled = setting.streams("burnin", run.first_step, guided=True)
+    teacher = load_model(source, "student", device)
+    describe = setting.describe | {"teacher_args": source["model_args"]}  # it may be another model
+    more = dict(describe=describe, later=setting.later("burnin"))
+    run = Run(cfg, "burnin", student, device, cfg.steps[1], schedule, teacher, **more)
+    labelled, unlabelled = setting.both_streams("burnin", run.first_step)
 
     for step in run:
-        batch, pool = next(labelled), next(unlabelled)
+        batch, plain = next(labelled), next(unlabelled)
         losses, guided_losses, pseudo = guided_step(
-            run.student, teacher, setting.criterion, batch, pool, cfg, device
+            run.student, teacher, setting.criterion, batch, plain, cfg, device
         )
         loss = sum(losses.values()) + cfg.unsupervised_weight * sum(guided_losses.values())
-        run.update(loss, losses | guided(guided_losses), batch + pool)
+        run.update(loss, losses | guided(guided_losses), batch + plain)
         # logging
         log_guided(run, losses, guided_losses, pseudo)
-        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < run.steps:
-            report(run, step + 1, setting)
+        report(run, step + 1, setting, teacher)
 
-    finish(run, setting.evaluate(run.model))
+    finish(run, setting, teacher)
 
 
 def load_teacher(cfg, setting) -> dict:
-    """The teacher of phase 2: that of phase 1, or one's own: any model that knows the classes."""
+    """The checkpoint whose "student" is the teacher of phase 2: that of phase 1, or one's own, any model that
+    knows the classes."""
     checkpoint = (
         read_weights(cfg.teacher) if cfg.teacher else engine.load_checkpoint(Path(cfg.out) / "teacher.pt")
     )
@@ -497,9 +664,12 @@ def load_teacher(cfg, setting) -> dict:
     return checkpoint
 
 
-def main_losses(losses: dict) -> dict:
-    """Those of the last decoder layer, for the log."""
-    return {name: losses[name] for name in ("loss_ce", "loss_mask", "loss_dice")}
+# ----------------------------------------------------------------------------------------------- what is said
+
+
+def last_layer(losses: dict, prefix: str = "loss") -> dict:
+    """The losses of the last decoder layer."""
+    return {f"{prefix}_{name}": losses[f"loss_{name}"] for name in ("ce", "mask", "dice")}
 
 
 def guided(losses: dict) -> dict:
@@ -508,17 +678,18 @@ def guided(losses: dict) -> dict:
 
 
 def log_guided(run, losses, guided_losses, pseudo) -> None:
-    B = len(pseudo)
+    scores = torch.cat([p["scores"] for p in pseudo])
+    shown = last_layer(losses) | last_layer(guided_losses, "guided")
+    shown |= {"pseudo_labels": len(scores) / len(pseudo), "mean_score": scores.sum() / max(1, len(scores))}
     run.log(
+        shown,
         loss=sum(losses.values()),
         guided_loss=sum(guided_losses.values()),
-        pseudo_labels=sum(len(p["labels"]) for p in pseudo) / B,
         highest_score=torch.stack([p["highest"] for p in pseudo]).max(),
-        images=2 * B,
-        **main_losses(losses),
+        images=2 * len(pseudo),
     )
     number = run.means.get("pseudo_labels", 1)
-    if number == 0 or number > run.cfg.num_queries / 2:
+    if number == 0 or number > run.teacher.decoder.query_features.num_embeddings / 2:
         warn_of_guidance(run, number)
 
 
@@ -531,16 +702,28 @@ def warn_of_guidance(run, number: float) -> None:
         say(f"warning: {run.phase}: {number:.1f} pseudo-labels an image; {score}, {threshold}")
 
 
-def report(run, step, setting) -> None:
-    with run.safe(step):
-        ap = setting.evaluate(run.model)
-    run.record(phase=run.phase, step=step, ap=ap)
-    say(f"{run.phase} {step}/{run.steps}  {ap_line(ap)}")
+def report(run, step: int, setting: Setting, teacher) -> None:
+    """Every --eval-every steps, but not at the end: AP, and how good the pseudo-labels of a model are."""
+    every = run.cfg.eval_every
+    if every and step % every == 0 and step < run.steps:
+        with run.safe(step):
+            results = measure(run, setting, teacher)
+        run.record(step, **results)
 
 
-def finish(run, ap, **more) -> None:
-    run.finish(ap=ap, **more)
-    say(f"{run.phase} done  {ap_line(ap)}  -> {run.out / (run.phase + '.pt')}")
+def measure(run, setting: Setting, teacher) -> dict:
+    """ "ap" of the model that is trained, and "pseudo", the `health` of the teacher's pseudo-labels."""
+    results = {"ap": setting.evaluate(run.model), "pseudo": health(teacher, setting)}
+    say(f"{run.phase}: {ap_line(results['ap'])}", *health_lines(results["pseudo"]), sep="\n")
+    if run.board and setting.val:
+        page = sheet(setting.pictures({"prediction": run.model}), ["image", "ground truth", "prediction"])
+        run.board.add_image("predictions", np.asarray(page), run.step + 1, dataformats="HWC")
+    return results
+
+
+def finish(run, setting: Setting, teacher, **more) -> None:
+    run.finish(**measure(run, setting, teacher), **more)
+    say(f"{run.phase} done -> {run.out / (run.phase + '.pt')}")
 
 
 def main(cfg: Config, setting: Setting) -> None:
@@ -560,7 +743,8 @@ def main(cfg: Config, setting: Setting) -> None:
 
 if __name__ == "__main__":
     with engine.user_errors():
-        cfg = engine.parse_config(Config, PRESETS, None, __doc__)
+        cfg = parse(Config, PRESETS, None, __doc__)
         setting = Setting(cfg)
+        setting.show()
     with engine.user_errors(DataError):
         main(cfg, setting)

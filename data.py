@@ -393,7 +393,7 @@ def find_data(data: str, root=None, *, train_json="", val_json="", images="") ->
     folder = Path(data)
     if (train_json or val_json or images) and data in ("shapes", "coco", "cityscapes"):
         raise DataError(
-            f"--train-json, --val-json and --images go with a folder as --data, not with {data!r}"
+            f"--train-json, --val-json and --image-folder go with a folder as --data, not with {data!r}"
         )
     if data == "coco":
         root = Path(root or "datasets/coco")

@@ -9,9 +9,10 @@ step of burnin.py with a teacher that follows the student.
     torchrun --nproc_per_node=8 distill.py --data coco --ratio 0.01    # many GPUs
     python distill.py --data my_dataset --ratio 0.1                    # a folder in COCO form
 
-It writes teacher.pt, burnin.pt, distill.pt and a picture into runs/<data>-<ratio>/; the same command goes
-on where it was stopped."""
+It writes teacher.pt, burnin.pt, distill.pt, a picture and report.html into runs/<data>-<ratio>/; the same
+command goes on where it was stopped."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,22 +24,23 @@ import engine
 from burnin import Setting, guided_step
 from data import DataError
 from engine import Run, knob, say
-from evaluate import ap_line, ap_table, compare, load_model
-from weights import read_weights
+from evaluate import ap_line, ap_table, load_model, sheet
 
 
 @dataclass
 class Config(burnin.Config):
-    """Every number of the method; PRESETS change them per data set, flags change both."""
+    """What a run may vary; PRESETS change it per data set, flags change both."""
 
-    ema_decay: float = knob(0.9996, "of the teacher's weights that stay at each step", most=1)
+    ema_decay: float = knob(
+        0.9996,
+        "share of the teacher's weights that is kept at each step",
+        most=1,
+        group="distillation, phase 3",
+    )
 
 
-PRESETS = {
-    "shapes": {**burnin.PRESETS["shapes"], "ema_decay": 0.998},
-    "coco": burnin.PRESETS["coco"],
-    "cityscapes": burnin.PRESETS["cityscapes"],
-}
+# In the 900 steps of shapes a decay of 0.9996 would keep 70 % of the teacher that phase 3 begins with.
+PRESETS = burnin.PRESETS | {"shapes": burnin.PRESETS["shapes"] | {"ema_decay": 0.998}}
 
 
 @torch.no_grad()
@@ -60,55 +62,71 @@ def distill(cfg: Config, setting: Setting) -> None:
     student, teacher = (load_model(start, "student", device) for _ in range(2))
     student.requires_grad_(True)
     schedule = cfg.steps[1], cfg.steps[1] + cfg.steps[2]  # goes on where phase 2 ended
-    run = Run(
-        cfg, "distill", student, device, cfg.steps[2], schedule, teacher, start["optimizer"], setting.describe
-    )
-    labelled, unlabelled = setting.streams("distill", run.first_step, guided=True)
+    more = dict(optimizer_state=start["optimizer"], describe=setting.describe)
+    run = Run(cfg, "distill", student, device, cfg.steps[2], schedule, teacher, **more)
+    labelled, unlabelled = setting.both_streams("distill", run.first_step)
 
     for step in run:
-        batch, pool = next(labelled), next(unlabelled)
+        batch, plain = next(labelled), next(unlabelled)
         losses, guided_losses, pseudo = guided_step(
-            run.student, teacher, setting.criterion, batch, pool, cfg, device
+            run.student, teacher, setting.criterion, batch, plain, cfg, device
         )
         loss = sum(losses.values()) + cfg.unsupervised_weight * sum(guided_losses.values())
-        run.update(loss, losses | burnin.guided(guided_losses), batch + pool)
+        run.update(loss, losses | burnin.guided(guided_losses), batch + plain)
         ema_update(teacher, run.model, cfg.ema_decay)
         # logging
         burnin.log_guided(run, losses, guided_losses, pseudo)
-        if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < run.steps:
-            burnin.report(run, step + 1, setting)
+        burnin.report(run, step + 1, setting, teacher)
 
-    ap, teacher_ap = setting.evaluate(run.model), setting.evaluate(teacher)
-    say(f"the EMA teacher  {ap_line(teacher_ap)}")
-    burnin.finish(run, ap, teacher_ap=teacher_ap)
+    teacher_ap = setting.evaluate(teacher)
+    say(f"the EMA teacher: {ap_line(teacher_ap)}")
+    burnin.finish(run, setting, teacher, teacher_ap=teacher_ap)
 
 
 def summary(cfg: Config, setting: Setting) -> None:
-    """The table of all phases, and a picture of teacher and student on the same images."""
+    """The table of all phases, a picture of teacher and student on the same images, and the report."""
     out, device = Path(cfg.out), setting.device
-    source = Path(cfg.teacher or out / "teacher.pt")
-    phases = {"teacher": source, "labels only": out / "labels_only.pt", "burnt-in": out / "burnin.pt"}
-    phases = {name: read_weights(path) for name, path in phases.items() if path.exists()}
+    phases = {"labels only": out / "labels_only.pt", "burnt-in": out / "burnin.pt"}
+    phases = {name: engine.load_checkpoint(path) for name, path in phases.items() if path.exists()}
+    phases = {"teacher": burnin.load_teacher(cfg, setting)} | phases
     last = engine.load_checkpoint(out / "distill.pt")
-    columns = {name: phase["ap"] for name, phase in phases.items() if "ap" in phase}
-    columns |= {"student": last["ap"], "EMA teacher": last["teacher_ap"]}
-    say(
-        f"\nmask AP on {len(setting.val)} images, after training with {len(setting.labelled)} labelled ones\n"
-    )
-    say(ap_table(columns, by_class=len(setting.val.class_names) <= 10))
+    aps = {name: phase.get("ap") for name, phase in phases.items()}
+    aps |= {"student": last["ap"], "EMA teacher": last["teacher_ap"]}
+    if cfg.teacher:
+        del aps["teacher"]  # if it has any, they are of other images
+    aps = {name: ap for name, ap in aps.items() if ap}  # not those of a phase without a validation set
+    if aps:
+        number, by_class = len(setting.labelled), setting.num_classes <= 10
+        say(f"\nmask AP on {len(setting.val)} images, after training with {number} labelled ones\n")
+        say(ap_table(aps, by_class))
     if engine.rank() == 0:
-        chosen = {name: phases[name] for name in ("teacher",) if name in phases} | {"student": last}
-        models = {name: load_model(checkpoint, "student", device) for name, checkpoint in chosen.items()}
-        sizes = dict(short_side=cfg.test_short_side, long_side=cfg.test_long_side)
-        compare(models, setting.val, out / "predictions.png", device, **sizes)
+        models = {"teacher": phases["teacher"], "student": last}
+        models = {name: load_model(checkpoint, "student", device) for name, checkpoint in models.items()}
+        rows, names = setting.pictures(models), ["image", "ground truth", *models]
+        sheet(rows, names).save(out / "predictions.png")
         say(f"\npicture: {out / 'predictions.png'}")
+        write_report(out, setting, aps, rows, names)
+
+
+def write_report(out: Path, setting: Setting, aps: dict, rows: list, names: list[str]) -> None:
+    """out/report.html, if it can be made."""
+    try:
+        from tools.report import write_report
+    except ImportError as error:
+        return engine.warn(f"no report.html: {error}")
+    title = f"Guided Distillation: {setting.cfg.data}, {len(setting.labelled)} labelled images"
+    config = dataclasses.asdict(setting.cfg)
+    write_report(out / "report.html", title, out / "metrics.jsonl", aps, rows, names, config)
+    say(f"curves and all of it: {out / 'report.html'}")
 
 
 def main(cfg: Config) -> None:
     with engine.user_errors():
-        setting = Setting(cfg)
+        setting = Setting(cfg, last="distill")
+        setting.show()
     with engine.user_errors(DataError):
-        burnin.main(cfg, setting)
+        if cfg.labels_only or not setting.finished["distill"]:
+            burnin.main(cfg, setting)
         if cfg.labels_only:
             return
         if not setting.finished["distill"]:
@@ -122,7 +140,7 @@ def main(cfg: Config) -> None:
 
 def cli(argv=None) -> None:
     with engine.user_errors():
-        cfg = engine.parse_config(Config, PRESETS, argv, __doc__)
+        cfg = burnin.parse(Config, PRESETS, argv, __doc__)
     main(cfg)
 
 

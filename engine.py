@@ -15,12 +15,15 @@ import functools
 import json
 import math
 import os
+import platform
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
 import sys
+import textwrap
 import time
 import zipfile
 from datetime import timedelta
@@ -31,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data import seed_of
 
@@ -39,10 +43,10 @@ FORMAT = 1  # of a checkpoint
 # ----------------------------------------------------------------------------------------------------- flags
 
 
-def knob(default, help: str, least: float = 0, most: float = math.inf):
+def knob(default, help: str, least: float = 0, most: float = math.inf, group: str = ""):
     """A field of a Config: its default, a sentence with unit and reason, which --help shows, and the range of
-    its numbers."""
-    return dataclasses.field(default=default, metadata={"help": help, "range": (least, most)})
+    its numbers. group: the heading in --help under which it stands with those that follow."""
+    return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), "group": group})
 
 
 def check_ranges(cfg) -> None:
@@ -58,9 +62,9 @@ def check_ranges(cfg) -> None:
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line."""
 
-    def __init__(self, description):
+    def __init__(self, description, **more):
         formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **more)
 
     def error(self, message):
         if message.startswith("unrecognized"):
@@ -77,26 +81,41 @@ def parse_config(config_class, presets: dict, argv=None, description=None):
 
     The preset is the one that --preset names, or that of the data set, or "coco" for a folder of one's own.
     """
-    parser = Parser(description)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
+    first = Parser(None, add_help=False)  # the preset comes first: --help shows its values
+    for name in ("data", "preset"):
+        first.add_argument(f"--{name}")
+    chosen = first.parse_known_args(argv)[0]
+    data = chosen.data or fields["data"].default
+    preset = chosen.preset or (data if data in presets else "coco")
+    if preset not in presets:
+        refuse(f"unknown preset {preset!r}: one of {', '.join(presets)}")
+    parser = Parser(description, epilog=f"In brackets: the values of the preset {preset!r}.")
     for name, field in fields.items():
         kind = {tuple: _values, bool: _boolean, dict: _json, list: str}.get(field.type, field.type)
         more = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(field.type, {})
-        text = field.metadata.get("help", "").replace("%", "%%") + f" [{field.default}]"
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=None, help=text, **more)
+        value = presets[preset].get(name, field.default)
+        default = f" [{shown(value)}]" if value not in ("", None, ()) else ""
+        text = (field.metadata["help"] + default).replace("%", "%%")
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
+        group.add_argument("--" + name.replace("_", "-"), type=kind, metavar="", help=text, **more)
     flags = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    data = flags.get("data", fields["data"].default)
-    preset = flags.get("preset") or (data if data in presets else "coco")
-    if preset not in presets:
-        refuse(f"unknown preset {preset!r}: one of {', '.join(presets)}")
-    values = {**presets[preset], **flags, "preset": preset}
-    return config_class(**values)
+    return config_class(**{**presets[preset], **flags, "preset": preset})
+
+
+def shown(value) -> str:
+    """As it is written in a command."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _values(text: str) -> tuple:
     """ "1,2.5" -> (1, 2.5)"""
     try:
-        return tuple(float(part) if set(part) & set(".e") else int(part) for part in text.split(",") if part)
+        numbers = [float(part) for part in text.split(",") if part]
+        return tuple(int(number) if number.is_integer() else number for number in numbers)
     except ValueError:
         raise argparse.ArgumentTypeError(f"numbers with commas between, found {text!r}") from None
 
@@ -115,8 +134,8 @@ def _boolean(text: str) -> bool:
 
 
 def refuse(message, code: int = 2) -> None:
-    """Ends the program with one line. Exit codes: 0 done; 1 a bug, which alone shows a traceback, or the end
-    of another process; 2 what a user can put right; 3 losses that stay infinite or NaN; 143 a signal."""
+    """Ends the program with one line. Exit codes: 0 done; 1 a bug, which alone shows a traceback, or another
+    process ended first; 2 what a user can put right; 3 losses that stay infinite or NaN; 143 a signal."""
     process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
     print(f"error{process}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(code)
@@ -180,7 +199,8 @@ def start_processes(device: str = "", precision: str = "") -> torch.device:
     for number in STOP_SIGNALS:
         signal.signal(number, _on_signal)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # tensors from loader processes are open files
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    with contextlib.suppress(ValueError):  # macOS refuses "unlimited"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # torchrun may be killed
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -212,7 +232,7 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 
 def wait_for_all() -> None:
-    """A barrier. Python runs no signal handler within torch's own, so that it could not be left."""
+    """A barrier that a signal can interrupt: Python runs no handler within dist.barrier()."""
     if dist.is_initialized():
         barrier = dist.barrier(async_op=True)
         while not barrier.is_completed():
@@ -255,9 +275,10 @@ def leave() -> None:
 
 
 def say(*words, sep=" ") -> None:
-    """Prints on rank 0."""
+    """Prints on rank 0, above the progress line if there is one."""
     if rank() == 0:
-        print(*words, sep=sep, flush=True)
+        tqdm.write(sep.join(map(str, words)))
+        sys.stdout.flush()
 
 
 @functools.cache
@@ -294,10 +315,11 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float, backbone_lr
 def lr_factor(schedule: str, progress: float, warmup: float = 0.0, drops=(0.8889, 0.963)) -> float:
     """What the learning rate is multiplied by after the share `progress` in [0, 1] of a run.
 
-    "poly": (1 - progress) ** 0.9. "step": times 0.1 at each of `drops`. "cosine": half a cosine. All rise
+    "poly": (1 - progress) ** 0.9. "step": times 0.1 at each of `drops` (327,778 and
+    355,092 of COCO's 368,750 steps). "cosine": half a cosine. All rise
     linearly over `warmup` first."""
     if progress < warmup:
-        return max(progress, 1e-3) / warmup
+        return min(1.0, max(progress, 1e-3) / warmup)  # the first step shall count
     if schedule == "poly":
         return (1 - progress) ** 0.9
     if schedule == "step":
@@ -307,20 +329,23 @@ def lr_factor(schedule: str, progress: float, warmup: float = 0.0, drops=(0.8889
     raise ValueError(f"unknown schedule {schedule!r}: one of poly, step, cosine")
 
 
-def autocast(device: torch.device):
-    """bfloat16 or fp32, as start_processes was told, or bfloat16 where the device does it well."""
+def takes_bfloat16(device: torch.device) -> bool:
+    """Whether passes are in bfloat16: as start_processes was told, or where the device does it well."""
+    if bfloat16 is not None:
+        return bfloat16
     if device.type == "cpu":
-        does_it_well = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    else:
-        does_it_well = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    enabled = does_it_well if bfloat16 is None else bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def autocast(device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=takes_bfloat16(device))
 
 
 def one_by_one(_, bucket):
-    """DDP's mean of gradients over processes. Gloo rounds the sum of three values as their place in a bucket
-    has it, and DDP fills its buckets anew after the first step. So the gradient of each parameter is summed
-    alone: a run that goes on equals one that was never cut."""
+    """DDP's mean of gradients over processes. How gloo rounds a sum depends on the place in its bucket, and
+    DDP rearranges its buckets after the first step. So each parameter's gradient is summed alone, and a
+    resumed run stays bit-equal to one that was never cut."""
     sums = [dist.all_reduce(gradient, async_op=True).get_future() for gradient in bucket.gradients()]
     return torch.futures.collect_all(sums).then(lambda _: bucket.buffer().div_(world_size()))
 
@@ -363,14 +388,24 @@ class Run:
     student: a raw model; run.student is what to call, run.model the raw one. teacher: a raw model that is
     saved along, or None.
     steps: of this phase. schedule: (first, length): where this phase begins in a learning-rate schedule,
-    and that schedule's length.
+    and that schedule's length. later: the work of the phases to come, in steps of this one.
     describe: plain values that are written into every checkpoint."""
 
     def __init__(
-        self, cfg, phase, student, device, steps, schedule, teacher=None, optimizer_state=None, describe=None
+        self,
+        cfg,
+        phase,
+        student,
+        device,
+        steps,
+        schedule,
+        teacher=None,
+        optimizer_state=None,
+        describe=None,
+        later=0.0,
     ):
         self.cfg, self.phase, self.device, self.steps, self.schedule = cfg, phase, device, steps, schedule
-        self.model, self.teacher, self.describe = student, teacher, describe or {}
+        self.model, self.teacher, self.describe, self.later = student, teacher, describe or {}, later
         self.out = Path(cfg.out)
         self.optimizer = make_optimizer(student, cfg.lr, cfg.weight_decay, cfg.backbone_lr_factor)
         if optimizer_state:
@@ -396,15 +431,21 @@ class Run:
             if device.type == "cpu":
                 self.student.register_comm_hook(None, one_by_one)
         self.values, self.counts, self.means = {}, {}, {}  # means: of the last log line
+        self.shown = []  # names of what stands in it
+        self.board = None  # TensorBoard's
+        if cfg.tensorboard and rank() == 0:
+            folder = self.out / "tensorboard" / phase
+            self.board = tensorboard_writer()(folder, purge_step=self.first_step)
         self.stop, self.skipped = False, 0  # whether any process shall stop; steps skipped in a row
+        self.paused = 0.0  # seconds of evaluations since the last log line
         self.warned = False  # of what the log shows
 
     def __iter__(self):
         global stop_at_once
         stop_at_once = False
         self.model.train()
-        started = time.time()
-        last_time, last_step = started, self.first_step
+        line = ProgressLine(self.phase, self.first_step, self.steps, self.later)
+        last_time, last_step = time.time(), self.first_step
         for step in range(self.first_step, self.steps):
             torch.manual_seed(seed_of(self.cfg.seed, self.phase, step, rank()))
             first, length = self.schedule
@@ -415,17 +456,19 @@ class Run:
             yield step
 
             done = step + 1
+            line.update(done)
             if done % self.cfg.log_every == 0 or done == self.steps:
-                now = time.time()
-                left = (now - started) / (done - self.first_step) * (self.steps - done)
-                self._write(done, (now - last_time) / (done - last_step), left)
-                last_time, last_step = now, done
+                seconds = (time.time() - last_time - self.paused) / (done - last_step)
+                last_time, last_step, self.paused = time.time(), done, 0.0
+                line.write(done, self._means(done, seconds))
             last = done == self.steps  # saved too: what follows may fail
             if self.stop or last or done % self.cfg.save_every == 0:
                 self.save_step(done)
             if self.stop:
+                line.close()
                 say(f"{self.phase}: saved at step {self.saved}; the same command goes on from here")
                 leave()
+        line.close()
         stop_at_once = True
         if stop_asked:  # since the last step
             leave()
@@ -461,14 +504,17 @@ class Run:
             advice = "a lower --lr or --precision fp32 may help"
             refuse(f"{self.skipped} such steps in a row; saved at step {self.saved}; {advice}", code=3)
 
-    def log(self, **values) -> None:
-        """Adds values to be averaged in the next log line, unless the step has been skipped."""
-        for name, value in values.items() if not self.skipped else ():
+    def log(self, shown: dict, **values) -> None:
+        """Adds values to be averaged for the next line of metrics.jsonl, of which those `shown` stand in the
+        progress line too; unless the step has been skipped. "images": of this process in this step."""
+        self.shown = list(shown)
+        for name, value in (shown | values).items() if not self.skipped else ():
             value = value.detach() if isinstance(value, Tensor) else value
             self.values[name] = self.values.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def _write(self, step, seconds, left):
+    def _means(self, step, seconds) -> dict:
+        """Of what has been logged since the last time; those for the progress line."""
         names = list(self.values)
         means = [float(self.values[name]) / self.counts[name] for name in names]
         means = mean_over_processes(torch.tensor(means, device=self.device)).tolist()
@@ -476,28 +522,28 @@ class Run:
         self.values, self.counts = {}, {}
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         images = means.pop("images", 0) * world_size() / seconds
-        record = {"phase": self.phase, "step": step, **means, "lr": lr, "images_per_second": images}
-        self.record(**record)
-        words = [f"{name} {value:.3f}" for name, value in means.items()]
-        words += [f"lr {lr:.1e}", f"{images:.0f} images/s", f"{duration(left)} left"]
-        say(f"{self.phase} {step}/{self.steps}", *words, sep="  ")
+        self.record(step, **means, lr=lr, images_per_second=images)
+        return {name: means.get(name) for name in self.shown} | {"images_per s": images}
 
-    def record(self, **values) -> None:
-        """A line of out/metrics.jsonl."""
-        if rank() == 0:
-            with user_errors(OSError), open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(values) + "\n")
+    def record(self, step, **values) -> None:
+        """A line of out/metrics.jsonl, and points of TensorBoard's curves."""
+        record(self.out, phase=self.phase, step=step, **values)
+        if self.board:
+            for name, value in _flat(values):
+                self.board.add_scalar(name, value, step)
 
     @contextlib.contextmanager
     def safe(self, step):
         """Around what takes long between two steps: the run is saved first, so a signal need not wait."""
         global stop_at_once
+        started = time.time()
         self.save_step(step)
         stop_at_once = True
-        if stop_asked:
+        if self.stop or stop_asked:  # any process, this one
             leave()
         yield
         stop_at_once = False
+        self.paused += time.time() - started
 
     def save_step(self, step) -> None:
         """Saves what is needed to go on, and removes all but the last cfg.keep; not while steps are
@@ -532,16 +578,113 @@ class Run:
     def finish(self, **results) -> None:
         """Writes the phase's final checkpoint; results go into it and into metrics.jsonl."""
         self.save(self.out / f"{self.phase}.pt", self.steps, **results)
-        self.record(phase=self.phase, step=self.steps, **results)
+        self.record(self.steps, **results)
         if rank() == 0:
             for old in step_files(self.out, self.phase):
                 old.unlink()
         wait_for_all()
 
 
+class ProgressLine:
+    """One line of a phase: on a terminal it is drawn anew after each step, with a bar if there is room; in a
+    log file it is a new line for each `write`, and the names of its columns stand above every twentieth."""
+
+    def __init__(self, phase, first_step: int, steps: int, later: float):
+        self.phase, self.steps, self.later, self.rows = phase, steps, later, 0
+        self.columns, self.values = [], {}
+        self.started, self.first_step = time.time(), first_step
+        on_terminal = rank() == 0 and sys.stdout.isatty()
+        form = dict(file=sys.stdout, bar_format="{desc} {bar}", dynamic_ncols=True)
+        self.bar = tqdm(total=steps, initial=first_step, **form) if on_terminal else None
+
+    def update(self, step: int) -> None:
+        if self.bar is not None:
+            row = self._row(step) if self.rows else f"{self.phase} {step}"
+            self.bar.set_description_str(row, refresh=False)
+            self.bar.update(step - self.bar.n)
+
+    def write(self, step: int, values: dict) -> None:
+        """values: numbers or None by name, whose first word stands in a line of its own above the others."""
+        self.values = values
+        self.columns = [(self.phase, "step"), *(name.split("_", 1) for name in values)]
+        self.columns += [("phase", "left"), ("whole", "left")]
+        if self.bar is None and self.rows % 20 == 0 or self.rows == 0:
+            say(self._line(first for first, _ in self.columns))
+            say(self._line(second for _, second in self.columns))
+        self.rows += 1
+        if self.bar is None:
+            say(self._row(step))
+        else:
+            self.update(step)
+
+    def _row(self, step: int) -> str:
+        pace = (time.time() - self.started) / max(1, step - self.first_step)
+        left = pace * (self.steps - step)
+        numbers = ["-" if v is None else f"{v:.{2 if abs(v) < 100 else 0}f}" for v in self.values.values()]
+        return self._line([str(step), *numbers, duration(left), duration(left + pace * self.later)])
+
+    def _line(self, cells) -> str:
+        widths = [max(5, *map(len, names)) for names in self.columns]
+        widths[-2:] = 6, 6
+        return " ".join(cell.rjust(width) for cell, width in zip(cells, widths))
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def record(out, **values) -> None:
+    """A line of out/metrics.jsonl."""
+    if rank() == 0:
+        with user_errors(OSError), open(Path(out) / "metrics.jsonl", "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a process was killed while it wrote
+                    file.write(b"\n")
+            file.write(json.dumps(values).encode() + b"\n")
+
+
+def banner(out, title: str, device: torch.device, **lines) -> None:
+    """What a run is, in a few lines on the screen, and in metrics.jsonl."""
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else f"{device}, {torch.get_num_threads()} threads"
+    lines |= {
+        "device": f"{world_size()} x {name}, {'bf16' if takes_bfloat16(device) else 'fp32'}",
+        "versions": f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}",
+    }
+    say(title)
+    for name, text in lines.items():
+        text = text.replace(" ", "\xa0").replace(",\xa0", ", ")  # lines end after a comma
+        text = textwrap.fill(text, 80, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
+        say(text.replace("\xa0", " "))
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    started = time.strftime("%Y-%m-%d %H:%M")
+    record(out, banner={"command": command, "started": started, **lines})
+
+
+def tensorboard_writer():
+    """The class. Raises ValueError if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs: pip install tensorboard") from None
+    return SummaryWriter
+
+
+def _flat(values: dict, prefix=""):
+    """(name, number) of all numbers in nested dictionaries."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
 def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 100:
+        return f"{hours // 24}d{hours % 24:02}h"
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
 
 
@@ -550,7 +693,7 @@ def duration(seconds: float) -> str:
 
 # What may differ between a run and the one that goes on from its checkpoints.
 BOOKKEEPING = {"root", "out", "preset", "workers", "device", "labels_only", "loader_timeout", "keep"}
-BOOKKEEPING |= {"accumulate", "log_every", "save_every", "eval_every"}
+BOOKKEEPING |= {"accumulate", "log_every", "save_every", "eval_every", "tensorboard", "scale_to_batch"}
 ENTRIES = ("format", "phase", "step", "world_size", "config", "model_args", "student", "teacher", "optimizer")
 MOST_SKIPPED = 10  # steps in a row whose gradient is not finite
 
@@ -621,8 +764,8 @@ def lock(folder: Path) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Whole or not at all, also if the machine fails: written beside, flushed to the disk, renamed, and the
-    name flushed too. Ends the program where the disk has no room."""
+    """Whole or not at all, also if the machine fails: written to a temporary file, flushed to the disk,
+    renamed, and the name flushed too. Ends the program where the disk has no room."""
     temporary = path.with_name(path.name.split(".")[0] + ".tmp")
     try:
         with open(temporary, "wb") as file:

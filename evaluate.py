@@ -1,10 +1,12 @@
-"""Evaluation: mask AP of a checkpoint's student and teacher, pictures of what they predict, and export.
+"""Evaluation: mask AP of a checkpoint's student and teacher, what they find in any images, and export.
 
     python evaluate.py runs/shapes-0.1/distill.pt --data shapes                # AP by size and by class
     python evaluate.py runs/coco-0.01/distill.pt --data coco --json ap.json    # the same into a file
     torchrun --nproc_per_node=8 evaluate.py runs/coco-0.01/distill.pt --data coco
     python evaluate.py model_final_3c8ec9.pkl --data coco                      # a published checkpoint
-    python evaluate.py runs/coco-0.01/distill.pt --export my_model             # for transformers
+    python evaluate.py runs/coco-0.01/distill.pt --images photos/ --out found/ # pictures, and COCO results
+    python evaluate.py runs/coco-0.01/distill.pt --images photos/ --pseudo new_labels/    # labels to correct
+    python evaluate.py runs/coco-0.01/distill.pt --export my_model             # for other code
 
 Letters in shapes: B images, Q queries, K classes, N detections of one image, H W pixels, h w = a quarter of
 the padded image's."""
@@ -22,6 +24,7 @@ from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
+from tqdm import tqdm
 
 import cityscapes
 import engine
@@ -31,7 +34,7 @@ from weights import read_weights
 
 
 def instances(outputs: dict, image_sizes, output_sizes=None, top_k: int = 100) -> list[dict]:
-    """What the model sees in each image (Mask2Former, appendix): the top_k pairs of query and class by
+    """What the model sees in each image (Mask2Former, section 4.1): the top_k pairs of query and class by
     class probability.
 
     outputs: as `Mask2Former` returns them. image_sizes: [(H, W)] of the images before padding.
@@ -82,6 +85,7 @@ def evaluate(model, dataset: CocoDataset, device="cpu", *, short_side=0, long_si
     sizes = {i: test_size(*dataset.size(i), short_side, long_side) for i in dataset.image_ids}
     mine = sorted(dataset.image_ids[engine.rank() :: engine.world_size()], key=lambda i: (sizes[i], i))
     detections = []
+    bar = tqdm(total=len(mine), desc="images", leave=False, disable=None if engine.rank() == 0 else True)
     while mine:
         group = [i for i in mine[:batch] if sizes[i] == sizes[mine[0]]]  # a batch has one size
         mine = mine[len(group) :]
@@ -90,6 +94,8 @@ def evaluate(model, dataset: CocoDataset, device="cpu", *, short_side=0, long_si
         ]
         for i, result in zip(group, predict(model, images, [dataset.size(i) for i in group], device)):
             detections += coco_results(i, result, dataset.category_ids)
+        bar.update(len(group))
+    bar.close()
     model.train(training)
     detections = gather(detections)
     result = mask_ap(dataset, detections)
@@ -223,42 +229,52 @@ def draw_instances(image: Image.Image, masks=(), names=(), scale: int = 1, dim: 
     return picture
 
 
-def compare(
-    models: dict, dataset: CocoDataset, path, device, *, count=6, threshold=0.5, short_side=0, long_side=0
-) -> None:
-    """Writes a picture: for `count` images a row of the image, its ground truth, and what each of the named
-    models sees."""
+def pictures(models: dict, dataset: CocoDataset, device, *, count=6, threshold=0.5, **sizes) -> list[list]:
+    """For `count` images of a data set a row of pictures: the image, its ground truth, and what each of the
+    named models sees with a score above the threshold. sizes: as of `find`."""
     rows = []
     for image_id in dataset.image_ids[:: max(1, len(dataset) // count)][:count]:
-        size = dataset.size(image_id)
-        image = dataset.image(image_id)
+        size, image = dataset.size(image_id), dataset.image(image_id)
         scale = max(1, 240 // max(size))
         masks = [rle_tools.decode(to_rle(o["segmentation"], *size)) > 0 for o in dataset.objects(image_id)]
         names = [dataset.class_names[label] for label in dataset.labels(image_id)]
         row = [draw_instances(image, scale=scale, dim=1), draw_instances(image, masks, names, scale)]
-        resized = image.resize(test_size(*size, short_side, long_side)[::-1], Image.Resampling.BILINEAR)
         for model in models.values():
-            found = predict(model, [to_tensor(resized)], [size], device)[0]
-            sure = found["scores"] > threshold
-            names = [
-                f"{dataset.class_names[label]} {score:.2f}"
-                for label, score in zip(found["labels"][sure].tolist(), found["scores"][sure].tolist())
-            ]
-            row.append(draw_instances(image, found["masks"][sure].cpu().numpy(), names, scale))
+            found = find(model, image, device, **sizes)
+            row.append(draw_found(image, found, dataset.class_names, threshold, scale))
         rows.append(row)
-    columns = ["image", "ground truth", *models]
-    widths = [max(row[c].width for row in rows) + 6 for c in range(len(columns))]
+    return rows
+
+
+def find(model, image: Image.Image, device, *, short_side=0, long_side=0) -> dict:
+    """What a model finds in an image, resized at test time by `data.test_size`."""
+    size = image.height, image.width
+    resized = image.resize(test_size(*size, short_side, long_side)[::-1], Image.Resampling.BILINEAR)
+    return predict(model, [to_tensor(resized)], [size], device)[0]
+
+
+def draw_found(image, found: dict, class_names, threshold: float, scale: int = 1, **more) -> Image.Image:
+    """The instances of `find` above a score, with classes and scores."""
+    sure = found["scores"] > threshold
+    labels, scores = found["labels"][sure].tolist(), found["scores"][sure].tolist()
+    names = [f"{class_names[label]} {score:.2f}" for label, score in zip(labels, scores)]
+    return draw_instances(image, found["masks"][sure].cpu().numpy(), names, scale, **more)
+
+
+def sheet(rows: list[list[Image.Image]], names: list[str]) -> Image.Image:
+    """Rows of pictures as one, with the names of the columns."""
+    widths = [max(row[c].width for row in rows) + 6 for c in range(len(names))]
     heights = [row[0].height + 6 for row in rows]
-    sheet = Image.new("RGB", (sum(widths), sum(heights) + 20), "white")
-    draw, x = ImageDraw.Draw(sheet), 0
-    for c, name in enumerate(columns):
-        draw.text((x + widths[c] // 2, 10), name, fill="black", anchor="mm")
+    page = Image.new("RGB", (sum(widths), sum(heights) + 20), "white")
+    draw, x = ImageDraw.Draw(page), 0
+    for c, (name, width) in enumerate(zip(names, widths)):
+        draw.text((x + width // 2, 10), name, fill="black", anchor="mm")
         y = 20
         for row, height in zip(rows, heights):
-            sheet.paste(row[c], (x + 3, y))
+            page.paste(row[c], (x + 3, y))
             y += height
-        x += widths[c]
-    sheet.save(path)
+        x += width
+    return page
 
 
 def load_model(checkpoint: dict, which: str, device) -> Mask2Former:
@@ -278,60 +294,61 @@ def check_classes(checkpoint: dict, class_names: list[str]) -> None:
         raise ValueError(f"the checkpoint knows {number} classes, the data has {len(class_names)}")
 
 
-def main(argv=None) -> None:
+def arguments(argv=None):
+    """The flags."""
     parser = engine.Parser(description=__doc__)
-    parser.add_argument("checkpoint", help="ours, or the official Mask2Former's, or Hugging Face's")
-    parser.add_argument(
-        "--data", help="shapes, coco, cityscapes or a folder; default: what the checkpoint was trained on"
+    add = parser.add_argument
+    add("checkpoint", help="ours, or the official Mask2Former's, or Hugging Face's")
+    add("--device", default="", help="cuda, mps or cpu; default: the best there is")
+    add("--precision", help="bf16 or fp32; default: that of the run")
+    add("--short-side", type=int, help="at test time, pixels; 0 keeps images; default: as trained, or 800")
+    add("--long-side", type=int, help="limit of the longer side, pixels; default: as trained, or 1333")
+    add = parser.add_argument_group("average precision").add_argument
+    add("--data", help="shapes, coco, cityscapes or a folder; default: what the checkpoint was trained on")
+    add("--root", help="where COCO or Cityscapes lies, or where shapes is written")
+    add("--val-json", default="", help="in place of the folder's instances_val.json")
+    add("--image-folder", default="", help="in place of the folder's images/")
+    add("--json", help="write the APs into this file")
+    add("--picture", help="write a picture of predictions beside ground truth into this file")
+    add = parser.add_argument_group("predictions for any images").add_argument
+    add(
+        "--images", nargs="+", metavar="DIR|FILE", help="folders, with all that is below, and files of images"
     )
-    parser.add_argument("--root", help="where COCO or Cityscapes lies, or where shapes is written")
-    parser.add_argument("--val-json", default="", help="in place of the folder's instances_val.json")
-    parser.add_argument("--images", default="", help="in place of the folder's images/")
-    parser.add_argument("--json", help="write the APs into this file")
-    parser.add_argument("--picture", help="write a picture of predictions beside ground truth into this file")
-    parser.add_argument(
-        "--short-side",
-        type=int,
-        help="shorter side at test time, pixels; 0 keeps images; default: as trained, or 800",
+    add("--out", default="predictions", help="folder for pictures and results.json [predictions]")
+    add("--threshold", type=float, default=0.5, help="lowest score that is kept [0.5]")
+    add(
+        "--pseudo", metavar="DIR", help="write the teacher's pseudo-labels of --images there, to correct them"
     )
-    parser.add_argument(
-        "--long-side", type=int, help="limit of the longer side, pixels; default: as trained, or 1333"
+    add = parser.add_argument_group("the model for other code").add_argument
+    add(
+        "--export", metavar="DIR", help="write torch.export's and ONNX's programs, and files for transformers"
     )
-    parser.add_argument(
-        "--export", metavar="DIR", help="write the model for Hugging Face's transformers, and stop"
-    )
-    parser.add_argument("--which", default="student", choices=("student", "teacher"), help="what to export")
-    parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best there is")
-    parser.add_argument("--precision", help="bf16 or fp32; default: that of the run")
-    flags = parser.parse_args(argv)
+    add("--which", choices=("student", "teacher"), help="which model predicts or is exported [student]")
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> None:
+    flags = arguments(argv)
     with engine.user_errors():
         checkpoint = read_weights(flags.checkpoint)
-        precision = flags.precision or checkpoint.get("config", {}).get("precision", "")
-        device = engine.start_processes(flags.device, precision)
+        cfg = {"data": None, "test_short_side": 800, "test_long_side": 1333} | checkpoint.get("config", {})
+        device = engine.start_processes(flags.device, flags.precision or cfg.get("precision", ""))
+        sizes = {
+            "short_side": cfg["test_short_side"] if flags.short_side is None else flags.short_side,
+            "long_side": cfg["test_long_side"] if flags.long_side is None else flags.long_side,
+        }
         if flags.export:
             from tools.export import export
 
-            return export(checkpoint, flags.which, Path(flags.export))
-        cfg = {"data": None, "root": None, "test_short_side": 800, "test_long_side": 1333}
-        cfg |= checkpoint.get("config", {})
-        if not (flags.data or cfg["data"]):
-            raise ValueError(f"{flags.checkpoint} does not say what it was trained on: --data does")
-        data = flags.data or cfg["data"]
-        before = cfg if data == cfg["data"] else {}  # where the run had its files
-        files = {"train_json": before.get("train_json", "")}
-        files |= {name: getattr(flags, name) or before.get(name, "") for name in ("val_json", "images")}
-        with engine.rank_zero_first():
-            _, found = find_data(data, flags.root or before.get("root") or None, **files)
-            if not found:
-                raise ValueError(f"{data} has no instances_val.json")
-            dataset = CocoDataset(*found)
+            return export(checkpoint, flags.which or "student", Path(flags.export))
+        if flags.images or flags.pseudo:
+            from tools.predict import main as predict_images
+
+            return predict_images(checkpoint, flags, sizes, device)
+        dataset = validation_set(flags, cfg)
         check_classes(checkpoint, dataset.class_names)
         if is_cityscapes(dataset):
             cityscapes.rules()
-    sizes = {
-        "short_side": cfg["test_short_side"] if flags.short_side is None else flags.short_side,
-        "long_side": cfg["test_long_side"] if flags.long_side is None else flags.long_side,
-    }
     models = {}
     for which in ("student", "teacher"):
         if checkpoint[which] is not None:
@@ -344,7 +361,23 @@ def main(argv=None) -> None:
         if engine.rank() == 0 and flags.json:
             Path(flags.json).write_text(json.dumps(aps, indent=1))
         if engine.rank() == 0 and flags.picture:
-            compare(models, dataset, flags.picture, device, **sizes)
+            rows = pictures(models, dataset, device, **sizes)
+            sheet(rows, ["image", "ground truth", *models]).save(flags.picture)
+
+
+def validation_set(flags, cfg: dict) -> CocoDataset:
+    """What --data names, or what a run with the settings cfg was measured on. Raises ValueError."""
+    data = flags.data or cfg["data"]
+    if not data:
+        raise ValueError(f"{flags.checkpoint} does not say what it was trained on: --data does")
+    before = cfg if data == cfg["data"] else {}  # where the run had its files
+    files = {name: getattr(flags, name, "") or before.get(name, "") for name in ("train_json", "val_json")}
+    images = flags.image_folder or before.get("image_folder", "")
+    with engine.rank_zero_first():
+        _, found = find_data(data, flags.root or before.get("root") or None, images=images, **files)
+        if not found:
+            raise ValueError(f"{data} has no instances_val.json")
+        return CocoDataset(*found)
 
 
 if __name__ == "__main__":

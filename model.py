@@ -101,7 +101,8 @@ class Mask2Former(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), found {tuple(images.shape)}")
         images = (images - self.pixel_mean) / self.pixel_std
-        images = F.pad(images, (0, -images.shape[3] % 32, 0, -images.shape[2] % 32))
+        H, W = (32 * ((side + 31) // 32) for side in images.shape[2:])
+        images = F.pad(images, (0, W - images.shape[3], 0, H - images.shape[2]))
         if images.is_cuda or fast_convolutions(images):
             images = images.contiguous(memory_format=torch.channels_last)  # faster there, slower on others
         mask_features, levels = self.pixel_decoder(self.backbone(images))
@@ -153,8 +154,9 @@ class PadThenShiftBlock(SwinTransformerBlock):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
         (H, W), (h, w) = x.shape[1:3], self.window_size
-        padded = F.pad(self.norm1(x), (0, 0, 0, -W % w, 0, -H % h))
-        x = x + self.drop_path1(self._attn(padded)[:, :H, :W])
+        right, below = w * ((W + w - 1) // w) - W, h * ((H + h - 1) // h) - H
+        padded = F.pad(self.norm1(x), (0, 0, 0, right, 0, below))
+        x = x + self.drop_path1(F.pad(self._attn(padded), (0, 0, 0, -right, 0, -below)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
@@ -189,7 +191,7 @@ class PlainViT(nn.Module):
         H, W = images.shape[-2:]
         patch = self.body.patch_embed.patch_size[0]
         h, w = -(-H // patch), -(-W // patch)
-        if (h * patch, w * patch) != (H, W):
+        if STRIDES[-1] % patch:
             images = resize(images, (h * patch, w * patch))
         tokens = self.body.forward_features(images)[:, self.body.num_prefix_tokens :]  # (B, h * w, C)
         grid = tokens.transpose(1, 2).unflatten(2, (h, w))
@@ -206,12 +208,12 @@ AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 def fast_convolutions(x: Tensor) -> bool:
     """Whether x is on a CPU that convolves with channels last near its peak rate."""
-    return x.device.type == "cpu" and AVX512
+    return x.device.type == "cpu" and AVX512 and not torch.compiler.is_exporting()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """F.linear, for many tokens (B, S, C) on such a CPU by a 1 x 1 convolution, which is faster there."""
-    if x.ndim == 3 and x.shape[1] > 2000 and fast_convolutions(x) and x.dtype != torch.float64:
+    if x.ndim == 3 and fast_convolutions(x) and x.shape[1] > 2000 and x.dtype != torch.float64:
         image = x.flatten(0, 1)[None, None].permute(0, 3, 1, 2)  # (1, C, 1, B * S)
         tokens = F.conv2d(image, weight[:, :, None, None], bias).squeeze((0, 2)).T
         return tokens.unflatten(0, x.shape[:2])
@@ -448,7 +450,7 @@ class DeformableSum(torch.autograd.Function):
             total = next(parts)
             for part in parts:
                 total += part
-            outputs.append(total.view(len(where), -1))  # (N * M, D) -> (N, M * D)
+            outputs.append(total.view(where.shape[0], -1))  # (N * M, D) -> (N, M * D)
         return torch.stack(outputs)
 
     @staticmethod

@@ -129,7 +129,7 @@ def at_step(rank, who, phase, step, action):
 
 def not_finite(rank, who, phase, steps):
     """In these steps the images of one process are NaN."""
-    run_update, make = engine.Run.__iter__, burnin.images
+    run_update, make = engine.Run.__iter__, burnin.stack_images
     now = {}
 
     def iterate(run):
@@ -141,7 +141,7 @@ def not_finite(rank, who, phase, steps):
         bad = rank == who and now["step"] in [(phase, step) for step in steps]
         return make(batch, key, device) * float("nan") if bad else make(batch, key, device)
 
-    engine.Run.__iter__, burnin.images = iterate, faulty
+    engine.Run.__iter__, burnin.stack_images = iterate, faulty
 
 
 def loader(rank, who, kind):

@@ -205,8 +205,10 @@ def test_training_on_it_shows_both_aps(root, tmp_path, capsys):
     flags += " --backbone resnet10t --norm group --pretrained false --num-queries 5 --hidden-dim 32"
     flags += " --encoder-layers 1 --encoder-ffn 32 --decoder-layers 1 --decoder-ffn 32"
     flags = [*flags.split(), "--root", str(root), "--out", str(tmp_path)]
-    cfg = burnin.engine.parse_config(burnin.Config, burnin.PRESETS, flags)
-    burnin.main(cfg, burnin.Setting(cfg))
+    cfg = burnin.parse(burnin.Config, burnin.PRESETS, flags)
+    setting = burnin.Setting(cfg)
+    setting.show()
+    burnin.main(cfg, setting)
     printed = capsys.readouterr().out
     assert "6 training images, 3 of them labelled" in printed and "burnin done" in printed
     evaluate.main(

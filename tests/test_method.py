@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import engine
-from burnin import guided_step, pseudo_labels, set_losses, split, supervised_step
+from burnin import guided_step, pseudo_labels, set_losses, split_outputs, supervised_step
 from distill import ema_update
 from matcher import SetCriterion
 
@@ -301,7 +301,7 @@ def test_a_teacher_that_is_sure_of_nothing_guides_to_no_mask(step):
 
 def test_outputs_are_split_by_image(make_model):
     outputs = make_model()(255 * torch.rand(3, 3, 32, 32))
-    first, others = split(outputs, 1)
+    first, others = split_outputs(outputs, 1)
     for whole, a, b in zip(
         [outputs, *outputs["aux_outputs"]], [first, *first["aux_outputs"]], [others, *others["aux_outputs"]]
     ):

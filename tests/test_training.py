@@ -72,7 +72,7 @@ def test_distill_runs_the_three_phases_and_shows_table_and_picture(finished):
     assert all((out / name).exists() for name in ("teacher.pt", "burnin.pt", "distill.pt", "predictions.png"))
     assert not list(out.glob("*.step-*.pt"))
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in records if r["phase"] == "burnin" and "loss" in r] == [1, 2, 3, 4, 5]
+    assert [r["step"] for r in records if r.get("phase") == "burnin" and "loss" in r] == [1, 2, 3, 4, 5]
     assert any("pseudo_labels" in record for record in records)
 
 
@@ -279,7 +279,7 @@ def test_a_teacher_of_ones_own_may_be_another_model(tiny, finished, tmp_path):
 
 def test_labels_only_trains_for_the_steps_of_all_phases(tiny, finished, tmp_path):
     printed = train(tiny, tmp_path, "--steps", "2,1,1", "--labels-only").stdout
-    assert "labels_only 4/4" in printed and "phase 2" not in printed
+    assert "labels_only done" in printed and "phase 2" not in printed
     assert (tmp_path / "labels_only.pt").exists() and not (tmp_path / "teacher.pt").exists()
 
 

@@ -29,7 +29,7 @@ def main(argv=None) -> None:
         "data", help="a folder with instances_train.json and images/, or shapes, coco, cityscapes"
     )
     parser.add_argument("--root", help="where COCO or Cityscapes lies")
-    for name in ("train-json", "val-json", "images"):
+    for name in ("train-json", "val-json", "image-folder"):
         parser.add_argument(f"--{name}", default="", help="in place of the folder's own")
     parser.add_argument("--unlabelled", nargs="+", default=[], help="folders of unlabelled images")
     parser.add_argument("--split", help="file with the labelled images, a line each")
@@ -43,7 +43,7 @@ def main(argv=None) -> None:
     )
     flags = parser.parse_args(argv)
     with engine.user_errors():
-        files = {name: getattr(flags, name) for name in ("train_json", "val_json", "images")}
+        files = {"train_json": flags.train_json, "val_json": flags.val_json, "images": flags.image_folder}
         found = find_data(flags.data, flags.root, **files)
         parts = [CocoDataset(*arguments, strict=False) if arguments else None for arguments in found]
     errors, warnings = report(*parts, flags)

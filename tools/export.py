@@ -1,24 +1,52 @@
-"""A checkpoint's model in the forms of other code: a folder for Hugging Face's transformers, and a file with
-the official Mask2Former's names.
+"""A checkpoint's model for other code: programs that run without this repository, one of torch.export and one
+of ONNX, and files of weights, a folder for Hugging Face's transformers and the official Mask2Former's names.
 
     python evaluate.py runs/coco-0.01/distill.pt --export my_model
-    Mask2FormerForUniversalSegmentation.from_pretrained("my_model")"""
+
+    image = torch.from_numpy(np.array(Image.open("photo.jpg").convert("RGB"))).permute(2, 0, 1)[None]
+    detect = torch.export.load("my_model/model.pt2").module()
+    scores, labels, masks = detect(image)
+    session = onnxruntime.InferenceSession("my_model/model.onnx")
+    scores, labels, masks = session.run(None, {"image": image.numpy()})
+
+    Mask2FormerForUniversalSegmentation.from_pretrained("my_model")
+
+The programs keep the image's size: resize it before, as `data.test_size` says. model.onnx is written where onnx
+and onnxscript are installed.
+
+Letters in shapes: Q queries, K classes, N = min(100, Q * K) detections, H W pixels of the image, h w = a
+quarter of the padded image's."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from evaluate import load_model
-from model import BACKBONES, HUGGING_FACE, OFFICIAL, OURS, Mask2Former, translate_state_dict
+from model import (
+    BACKBONES,
+    HUGGING_FACE,
+    OFFICIAL,
+    OURS,
+    Mask2Former,
+    PadThenShiftBlock,
+    resize,
+    translate_state_dict,
+)
+
+LARGEST_SIDE = 4096  # of an image that a program takes, pixels
 
 
 def export(checkpoint: dict, which: str, folder: Path) -> None:
-    """Writes config.json, preprocessor_config.json and model.safetensors for transformers, and
-    official.safetensors. which: "student" or "teacher".
+    """Writes model.pt2, and if it can be model.onnx; for ResNet-50 and -101 with batch norms, and for Swin, also
+    config.json, preprocessor_config.json and model.safetensors for transformers, and official.safetensors. Says
+    what it has written and why something is left out. which: "student" or "teacher".
 
-    Raises ValueError for a backbone other than ResNet-50 and -101 with batch norms, or Swin."""
+    Raises ValueError if the checkpoint has no such model."""
     if checkpoint[which] is None:
         raise ValueError(f"the checkpoint has no {which}")
     model = load_model(checkpoint, which, "cpu")
@@ -30,17 +58,21 @@ def export(checkpoint: dict, which: str, folder: Path) -> None:
     names = checkpoint.get("class_names") or [
         f"class {k}" for k in range(model.decoder.class_head.out_features - 1)
     ]
-    written = {
-        "config.json": hugging_face_config(model, args, names),
-        "preprocessor_config.json": preprocessor_config(model, *sizes),
-    }
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{which} -> {folder}: {write_programs(model, folder, sizes)}")
+    try:
+        written = {
+            "config.json": hugging_face_config(model, args, names),
+            "preprocessor_config.json": preprocessor_config(model, *sizes),
+        }
+    except ValueError as error:
+        return print(f"{which} -> {folder}: no files of weights, {error}")
     state_dict = model.state_dict()
     theirs = translate_state_dict(state_dict, OURS, HUGGING_FACE)
     theirs |= unused(theirs, model.backbone.channels[-1])
     theirs["criterion.empty_weight"] = torch.tensor(
         [1.0] * len(names) + [config.get("no_object_weight", 0.1)]
     )
-    folder.mkdir(parents=True, exist_ok=True)
     for name, content in written.items():
         (folder / name).write_text(json.dumps(content, indent=1))
     for name, tensors in (
@@ -50,6 +82,83 @@ def export(checkpoint: dict, which: str, folder: Path) -> None:
         tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
         save_file(tensors, folder / name, metadata={"format": "pt"})
     print(f"{which} -> {folder}: {', '.join([*written, 'model.safetensors', 'official.safetensors'])}")
+
+
+# -------------------------------------------------------------------------------------------------- programs
+
+
+class Detector(nn.Module):
+    """One image in, `evaluate.instances` out, in operations whose shapes follow from the image's alone.
+
+    image: (1, 3, H, W) RGB uint8. Returns, best first, scores (N,) in [0, 1], labels (N,) int64 and masks
+    (N, H, W) bool. The order of detections with one score, as all with an empty mask have, is not defined."""
+
+    def __init__(self, model: Mask2Former, top_k: int = 100):
+        super().__init__()
+        self.model, self.top_k = model, top_k
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        H, W = image.shape[-2:]
+        outputs = self.model(image)
+        probabilities = outputs["pred_logits"][0].softmax(-1)[:, :-1]  # (Q, K)
+        K = probabilities.shape[1]
+        scores, best = probabilities.flatten().topk(min(self.top_k, probabilities.numel()))
+        masks, mask_scores = [], []
+        for mask_logits in outputs["pred_masks"].split(8, dim=1):  # few at a time: they are large
+            h, w = mask_logits.shape[-2:]
+            mask_logits = resize(mask_logits, (4 * h, 4 * w))[0]
+            # A slice would ask whether it leaves anything out, and so end in programs for one of the cases.
+            mask_logits = F.pad(mask_logits, (0, W - 4 * w, 0, H - 4 * h))
+            masks.append(mask_logits > 0)
+            inside = (mask_logits.sigmoid() * masks[-1]).sum((1, 2))
+            mask_scores.append(inside / (masks[-1].sum((1, 2)) + 1e-6))
+        masks, mask_scores = torch.cat(masks), torch.cat(mask_scores)  # (Q, H, W), (Q,)
+        scores, order = (scores * mask_scores[best // K]).sort(descending=True)
+        return scores, best[order] % K, masks[best[order] // K]
+
+
+def write_programs(model: Mask2Former, folder: Path, test_sizes: tuple[int, int]) -> str:
+    """Writes model.pt2 and model.onnx of a model's `Detector`, in fp32, and returns what is to be said of them.
+    test_sizes: shorter and longer side, pixels, of the only images they take where the backbone's code cannot
+    be traced for others."""
+    program, takes = trace(Detector(model), test_sizes)
+    torch.export.save(program, folder / "model.pt2")
+    if not (find_spec("onnx") and find_spec("onnxscript")):
+        return f"model.pt2 for {takes}; model.onnx needs onnx and onnxscript"
+    program = program.run_decompositions({torch.ops.aten.embedding_bag.padding_idx: embedding_bag})
+    names = {"input_names": ["image"], "output_names": ["scores", "labels", "masks"]}
+    torch.onnx.export(program, **names, verbose=False, optimize=False).save(folder / "model.onnx")
+    return f"model.pt2 and model.onnx for {takes}"
+
+
+@torch.no_grad()
+def trace(detector: Detector, test_sizes: tuple[int, int]) -> tuple[torch.export.ExportedProgram, str]:
+    """The program and, in words, the images it takes."""
+    # More than one window, or pixel, at stride 32: PyTorch makes other programs for sides of length 1.
+    blocks = [m for m in detector.modules() if isinstance(m, PadThenShiftBlock)]
+    least = 32 * max([side for block in blocks for side in block.window_size], default=1) + 1
+    H, W = (torch.export.Dim(name, min=least, max=LARGEST_SIDE) for name in "HW")
+    image = torch.zeros(1, 3, least + 32, least + 96, dtype=torch.uint8)
+    try:
+        program = torch.export.export(
+            detector,
+            (image,),
+            dynamic_shapes=({2: H, 3: W},),
+            prefer_deferred_runtime_asserts_over_guards=True,  # for what holds but torch cannot prove
+        )
+        return program, f"images of {least} to {LARGEST_SIDE} pixels a side"
+    except Exception as error:
+        raise
+
+
+def embedding_bag(weight, indices, offsets, _freq, _mode, _sparse, per_sample_weights, *_):
+    """torch's, as model.py uses it, the sum of bags of one size: ONNX has none. Its last three results, which
+    nothing uses, are anything."""
+    rows = weight.index_select(0, indices) * per_sample_weights[:, None]
+    return rows.unflatten(0, (offsets.shape[0], -1)).sum(1), offsets, offsets, offsets
+
+
+# --------------------------------------------------------------------------------------------------- weights
 
 
 def unused(theirs: dict, channels: int) -> dict:

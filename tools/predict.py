@@ -1,0 +1,151 @@
+"""What a checkpoint's model finds in any images, as pictures and as files in COCO's form.
+
+    python evaluate.py runs/coco-0.01/distill.pt --images photos/ --out found/
+    python evaluate.py runs/coco-0.01/distill.pt --images photos/ --pseudo new_labels/
+
+The first writes each image with what was found, and results.json, a list of detections as pycocotools reads
+them: original category ids, masks as RLE, image ids that count the files in order. The second writes the
+teacher's pseudo-labels (`burnin.pseudo_labels`) as instances_train.json, most doubtful images first, to be
+corrected by people; with --images it is a data set to train on. One image is in memory at a time."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image
+from pycocotools import mask as rle_tools
+from tqdm import tqdm
+
+import engine
+from burnin import pseudo_labels
+from data import DataError, image_files, read_image, test_size, to_tensor
+from evaluate import check_classes, coco_results, draw_found, find, load_model, validation_set
+from model import resize
+
+
+def main(checkpoint: dict, flags, sizes: dict, device) -> None:
+    """flags: of evaluate.py. sizes: short_side and long_side at test time. Raises ValueError."""
+    if not flags.images:
+        raise ValueError("--pseudo needs the images: --images DIR")
+    if engine.world_size() > 1:
+        raise ValueError("--images and --pseudo run in one process")
+    which = flags.which or "student"
+    if flags.pseudo:  # of a phase without a teacher, the model that it has trained is one
+        which = "teacher" if checkpoint["teacher"] is not None else "student"
+    if checkpoint[which] is None:
+        raise ValueError(f"{flags.checkpoint} has no {which}")
+    model = load_model(checkpoint, which, device)
+    K = checkpoint["model_args"]["num_classes"]
+    names = checkpoint.get("class_names") or [f"class {k}" for k in range(K)]
+    ids = checkpoint.get("category_ids") or list(range(1, K + 1))
+    if flags.data:
+        dataset = validation_set(flags, {"data": None})
+        check_classes(checkpoint, dataset.class_names)
+        names, ids = dataset.class_names, dataset.category_ids
+    categories = [{"id": i, "name": name} for i, name in zip(ids, names)]
+    files = list_images(flags.images)
+    if flags.pseudo:
+        cfg = checkpoint.get("config", {})
+        settings = {name: cfg[name] for name in ("score_threshold", "min_area") if name in cfg}
+        write_pseudo_labels(model, files, categories, Path(flags.pseudo), device, sizes, settings)
+    else:
+        write_predictions(model, files, categories, Path(flags.out), device, sizes, flags.threshold)
+
+
+def list_images(places: list[str]) -> list[Path]:
+    """The image files among and below them, in order. Raises DataError where there is none."""
+    files = []
+    for place in map(Path, places):
+        if not place.exists():
+            raise DataError(f"no file or folder --images {str(place)!r}")
+        found = [Path(path) for path in image_files(place)] if place.is_dir() else [place]
+        if not found:
+            raise DataError(f"no image below --images {str(place)!r}")
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def each_image(files: list[Path]):
+    """(number, file, image) of those that can be read; the others are named and left out."""
+    unreadable = 0
+    for number, file in enumerate(tqdm(files, desc="images", disable=None), start=1):
+        try:
+            image = read_image(file)
+        except DataError as error:
+            unreadable += 1
+            engine.warn(f"{error}; it is left out")
+            continue
+        yield number, file, image
+    if unreadable == len(files):
+        raise DataError("none of the images can be read")
+
+
+def write_predictions(model, files, categories, out: Path, device, sizes, threshold: float) -> None:
+    """out/<number>-<name>.jpg with the instances above a score, out/results.json with them in COCO's form,
+    and out/images.json, a COCO file without annotations: COCO("images.json").loadRes("results.json")."""
+    out.mkdir(parents=True, exist_ok=True)
+    ids, names = ([category[key] for category in categories] for key in ("id", "name"))
+    count, images = 0, []
+    with open(out / "results.json", "w") as results:
+        for number, file, image in each_image(files):
+            found = find(model, image, device, **sizes)
+            found = {name: values[found["scores"] > threshold] for name, values in found.items()}
+            for result in coco_results(number, found, ids):
+                results.write(("," if count else "[") + "\n" + json.dumps(readable(result)))
+                count += 1
+            picture = draw_found(image, found, names, threshold, dim=0.5)
+            picture.save(out / f"{number:06}-{file.stem}.jpg", quality=90)
+            images.append(image_entry(number, str(file), image))
+        results.write("\n]\n" if count else "[]\n")
+    write_coco(out / "images.json", images, [], categories)
+    print(f"{count} objects in {len(images)} images -> {out}: pictures, results.json, images.json")
+
+
+@torch.no_grad()
+def write_pseudo_labels(model, files, categories, out: Path, device, sizes, settings: dict) -> None:
+    """out/instances_train.json. An annotation has its "score" besides, an image its "doubt": 1 minus the
+    lowest score of its pseudo-labels, or without any the highest score. settings: of `pseudo_labels`."""
+    out.mkdir(parents=True, exist_ok=True)
+    folder = Path(os.path.commonpath([file.parent.resolve() for file in files]))
+    images, annotations = [], []
+    for number, file, image in each_image(files):
+        H, W = test_size(image.height, image.width, **sizes)
+        pixels = to_tensor(image.resize((W, H), Image.Resampling.BILINEAR))
+        with engine.autocast(device):
+            outputs = model(pixels[None].to(device))
+        pseudo = pseudo_labels(outputs, **settings)[0]
+        masks = pseudo["masks"][None].float()
+        if masks.shape[1]:
+            masks = resize(masks, [4 * side for side in masks.shape[-2:]])[..., :H, :W]
+            masks = resize(masks, (image.height, image.width))
+        results = coco_results(number, {**pseudo, "masks": masks[0] > 0.5}, [c["id"] for c in categories])
+        for result in map(readable, results):
+            area = int(rle_tools.area(result["segmentation"]))
+            more = {"id": len(annotations) + 1, "iscrowd": 0, "area": area}
+            annotations.append({**result, **more, "bbox": rle_tools.toBbox(result["segmentation"]).tolist()})
+        scores = pseudo["scores"].tolist()
+        doubt = 1 - min(scores) if scores else float(pseudo["highest"])
+        name = str(file.resolve().relative_to(folder))
+        images.append({**image_entry(number, name, image), "doubt": round(doubt, 4)})
+    images.sort(key=lambda entry: -entry["doubt"])
+    place = {entry["id"]: number for number, entry in enumerate(images)}
+    annotations.sort(key=lambda entry: (place[entry["image_id"]], entry["score"]))
+    write_coco(out / "instances_train.json", images, annotations, categories)
+    print(f"{len(annotations)} pseudo-labels of {len(images)} images -> {out / 'instances_train.json'}")
+    print(f"when they are corrected: python distill.py --data {out} --image-folder {folder} --ratio 1")
+
+
+def readable(result: dict) -> dict:
+    """As JSON can hold it."""
+    rle = result["segmentation"]
+    return {**result, "segmentation": {**rle, "counts": rle["counts"].decode()}}
+
+
+def image_entry(number: int, name: str, image: Image.Image) -> dict:
+    return {"id": number, "file_name": name, "width": image.width, "height": image.height}
+
+
+def write_coco(path: Path, images, annotations, categories) -> None:
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path.write_text(json.dumps(content, indent=1))
