@@ -422,6 +422,7 @@ class Setting:
         reference = type(cfg)(**PRESETS[cfg.preset or "coco"])
         if cfg.batch != reference.batch and not cfg.scale_to_batch:
             fitting = scaled_to_batch(reference, cfg.batch)
+            fitting = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in fitting.items()}
             new = ", ".join(f"--{name.replace('_', '-')} {engine.shown(v)}" for name, v in fitting.items())
             batch += f", the preset is for {reference.batch}, --scale-to-batch would take {new}"
         engine.banner(

@@ -646,8 +646,10 @@ def record(out, **values) -> None:
 
 def banner(out, title: str, device: torch.device, **lines) -> None:
     """What a run is, in a few lines on the screen, and in metrics.jsonl."""
-    on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else f"{device}, {torch.get_num_threads()} threads"
+    on_gpu, threads = device.type == "cuda", torch.get_num_threads()
+    name = (
+        torch.cuda.get_device_name(device) if on_gpu else f"{device}, {threads} thread{'s' * (threads > 1)}"
+    )
     lines |= {
         "device": f"{world_size()} x {name}, {'bf16' if takes_bfloat16(device) else 'fp32'}",
         "versions": f"torch {torch.__version__}, timm {timm.__version__}, Python {platform.python_version()}",
@@ -655,7 +657,8 @@ def banner(out, title: str, device: torch.device, **lines) -> None:
     say(title)
     for name, text in lines.items():
         text = text.replace(" ", "\xa0").replace(",\xa0", ", ")  # lines end after a comma
-        text = textwrap.fill(text, 80, initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
+        indents = dict(initial_indent=f"  {name:<10}", subsequent_indent=" " * 12)
+        text = textwrap.fill(text, 80, break_on_hyphens=False, **indents)
         say(text.replace("\xa0", " "))
     command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     started = time.strftime("%Y-%m-%d %H:%M")
