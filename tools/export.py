@@ -11,8 +11,8 @@ of ONNX, and files of weights, a folder for Hugging Face's transformers and the 
 
     Mask2FormerForUniversalSegmentation.from_pretrained("my_model")
 
-The programs keep the image's size: resize it before, as `data.test_size` says. model.onnx is written where onnx
-and onnxscript are installed.
+The programs keep the image's size: resize it before, as `data.test_size` says. model.onnx is written where
+onnx and onnxscript are installed.
 
 Letters in shapes: Q queries, K classes, N = min(100, Q * K) detections, H W pixels of the image, h w = a
 quarter of the padded image's."""
@@ -42,9 +42,10 @@ LARGEST_SIDE = 4096  # of an image that a program takes, pixels
 
 
 def export(checkpoint: dict, which: str, folder: Path) -> None:
-    """Writes model.pt2, and if it can be model.onnx; for ResNet-50 and -101 with batch norms, and for Swin, also
-    config.json, preprocessor_config.json and model.safetensors for transformers, and official.safetensors. Says
-    what it has written and why something is left out. which: "student" or "teacher".
+    """Writes model.pt2, and if it can be model.onnx; for ResNet-50 and -101 with batch norms, and for Swin,
+    also config.json, preprocessor_config.json and model.safetensors for transformers, and in the official
+    names official.safetensors. Says what it has written and why something is left out. which: "student" or
+    "teacher".
 
     Raises ValueError if the checkpoint has no such model."""
     if checkpoint[which] is None:
@@ -118,7 +119,7 @@ class Detector(nn.Module):
 
 
 def write_programs(model: Mask2Former, folder: Path, test_sizes: tuple[int, int]) -> str:
-    """Writes model.pt2 and model.onnx of a model's `Detector`, in fp32, and returns what is to be said of them.
+    """Writes model.pt2 and model.onnx of a model's `Detector`, in fp32; returns what is to be said of them.
     test_sizes: shorter and longer side, pixels, of the only images they take where the backbone's code cannot
     be traced for others."""
     program, takes = trace(Detector(model), test_sizes)

@@ -1,0 +1,84 @@
+"""Programs of torch.export and ONNX, made of a checkpoint, find in an image what evaluate.py finds."""
+
+import contextlib
+import io
+
+import pytest
+import torch
+from conftest import TINY
+from torch import nn
+
+from evaluate import instances
+from model import Mask2Former
+from tools.export import export, trace
+
+SIZES = [(96, 64), (75, 140)]  # neither is the one that was traced
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A tiny model, the folder of its programs, and what the export has said."""
+    torch.manual_seed(0)
+    model, folder = Mask2Former(**TINY).eval(), tmp_path_factory.mktemp("exported") / "out"
+    checkpoint = {"student": model.state_dict(), "teacher": None, "model_args": TINY}
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        export(checkpoint, "student", folder)
+    return model, folder, said.getvalue()
+
+
+def check(model, image, scores, labels, masks):
+    """Equal but for rounding: a pixel of a mask is one side of the threshold or the other."""
+    with torch.no_grad():
+        expected = instances(model(image), [image.shape[2:]])[0]
+    assert (labels.dtype, masks.dtype) == (torch.int64, torch.bool)
+    torch.testing.assert_close(scores, expected["scores"], rtol=0, atol=1e-5)
+    assert torch.equal(labels, expected["labels"])
+    assert masks.shape == expected["masks"].shape and 0 < masks.float().mean() < 1
+    assert (masks != expected["masks"]).sum() <= 1e-4 * masks.numel()
+
+
+def images():
+    generator = torch.Generator().manual_seed(0)
+    for H, W in SIZES:  # as they come from a file: rows of pixels
+        yield torch.randint(0, 256, (1, H, W, 3), generator=generator).byte().permute(0, 3, 1, 2)
+
+
+def test_a_program_finds_what_the_model_finds_in_images_of_any_size(exported):
+    model, folder, _ = exported
+    program = torch.export.load(folder / "model.pt2")
+    for image in images():
+        check(model, image, *program.module()(image))
+    operations = {node.target for graph in program.graph_module.modules() for node in graph.graph.nodes}
+    spaces = {operation.namespace for operation in operations if isinstance(operation, torch._ops.OpOverload)}
+    assert spaces == {"aten"}  # nothing that another machine would not have
+
+
+def test_an_onnx_model_finds_what_the_model_finds_in_images_of_any_size(exported):
+    pytest.importorskip("onnx"), pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, folder, _ = exported
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    for image in images():
+        check(model, image, *map(torch.from_numpy, session.run(None, {"image": image.numpy()})))
+
+
+def test_a_backbone_that_transformers_does_not_know_has_programs_and_no_files_of_weights(exported):
+    _, folder, said = exported
+    assert (folder / "model.pt2").exists() and not (folder / "config.json").exists()
+    assert "images of 33 to 4096 pixels a side" in said and "not resnet10t" in said
+
+
+def test_code_that_needs_its_sizes_as_numbers_gets_those_of_the_test_images():
+    class Halves(nn.Module):
+        def forward(self, image):
+            return image[..., : int(image.shape[-1]) // 2]
+
+    program, said = trace(Halves(), (40, 60))
+    assert "40 x 60" in said and program.module()(torch.zeros(1, 3, 40, 60).byte()).shape[-1] == 30
+    assert "800 x 1333" in trace(Halves(), (0, 0))[1]
+
+
+def test_a_side_that_is_too_short_is_refused(exported):
+    program = torch.export.load(exported[1] / "model.pt2").module()
+    with pytest.raises(AssertionError, match="33"):
+        program(torch.zeros(1, 3, 64, 32, dtype=torch.uint8))
