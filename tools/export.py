@@ -66,20 +66,19 @@ def export(checkpoint: dict, which: str, folder: Path) -> None:
             "config.json": hugging_face_config(model, args, names),
             "preprocessor_config.json": preprocessor_config(model, *sizes),
         }
+        official, theirs = (
+            translate_state_dict(model.state_dict(), OURS, column) for column in (OFFICIAL, HUGGING_FACE)
+        )
     except ValueError as error:
-        return print(f"{which} -> {folder}: no files of weights, {error}")
-    state_dict = model.state_dict()
-    theirs = translate_state_dict(state_dict, OURS, HUGGING_FACE)
+        print(f"{which} -> {folder}: no files for transformers, {error}")
+        return
     theirs |= unused(theirs, model.backbone.channels[-1])
     theirs["criterion.empty_weight"] = torch.tensor(
         [1.0] * len(names) + [config.get("no_object_weight", 0.1)]
     )
     for name, content in written.items():
         (folder / name).write_text(json.dumps(content, indent=1))
-    for name, tensors in (
-        ("model.safetensors", theirs),
-        ("official.safetensors", translate_state_dict(state_dict, OURS, OFFICIAL)),
-    ):
+    for name, tensors in (("model.safetensors", theirs), ("official.safetensors", official)):
         tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
         save_file(tensors, folder / name, metadata={"format": "pt"})
     print(f"{which} -> {folder}: {', '.join([*written, 'model.safetensors', 'official.safetensors'])}")
@@ -195,7 +194,10 @@ def hugging_face_config(model: Mask2Former, model_args: dict, class_names: list[
             "use_pretrained_backbone": False,
         }
     else:
-        raise ValueError(f"--export knows resnet50, resnet101 (with batch norms) and swin, not {name}")
+        norms = " with group norms" if model_args.get("norm") == "group" else ""
+        raise ValueError(
+            f"which are made of resnet50 and resnet101 with batch norms, and swin, not {name}{norms}"
+        )
     return {
         "architectures": ["Mask2FormerForUniversalSegmentation"],
         "model_type": "mask2former",
