@@ -415,11 +415,11 @@ class Setting:
             engine.tensorboard_writer()
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
 
-    def show(self) -> None:
-        """The start banner, and warnings."""
+    def show(self, presets: dict) -> None:
+        """The start banner, and warnings. presets: those of the program."""
         cfg, steps = self.cfg, [f"{number:,}" for number in self.cfg.steps]
         batch = f"{cfg.batch} labelled and {cfg.batch} unlabelled images a step, lr {cfg.lr:.3g}"
-        reference = type(cfg)(**PRESETS[cfg.preset or "coco"])
+        reference = type(cfg)(**presets[cfg.preset])
         if cfg.batch != reference.batch and not cfg.scale_to_batch:
             fitting = scaled_to_batch(reference, cfg.batch)
             fitting = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in fitting.items()}
@@ -560,6 +560,9 @@ def health(teacher: nn.Module, setting: Setting, number: int = 200) -> dict:
     teacher.eval()
     for first in range(0, len(mine), cfg.batch):
         batch = [views[i, seed_of(cfg.seed, "health", i)] for i in mine[first : first + cfg.batch]]
+        batch = [item for item in batch if "image" in item]  # not where all that were tried are damaged
+        if not batch:
+            continue
         with autocast(device):
             outputs = teacher(stack_images(batch, "image", device))
         for item, pseudo in zip(batch, pseudo_labels(outputs, cfg.score_threshold, cfg.min_area)):
@@ -573,7 +576,7 @@ def health(teacher: nn.Module, setting: Setting, number: int = 200) -> dict:
     teacher.train(training)
     images, kept, scores, objects, right, ious = sum(gather([sums])).tolist()
     labels = [label for image_id in setting.labelled for label in setting.train.labels(image_id)]
-    result = {"images": int(images), "kept": kept / images, "score": scores / max(1, kept)}
+    result = {"images": int(images), "kept": kept / max(1, images), "score": scores / max(1, kept)}
     result["classes"] = shares(sum(gather([classes])), setting.train.class_names)
     counts = torch.bincount(torch.tensor(labels, dtype=torch.int64), minlength=K)
     result["labelled_classes"] = shares(counts, setting.train.class_names)
@@ -715,7 +718,8 @@ def report(run, step: int, setting: Setting, teacher) -> None:
 def measure(run, setting: Setting, teacher) -> dict:
     """ "ap" of the model that is trained, and "pseudo", the `health` of the teacher's pseudo-labels."""
     results = {"ap": setting.evaluate(run.model), "pseudo": health(teacher, setting)}
-    say(f"{run.phase}: {ap_line(results['ap'])}", *health_lines(results["pseudo"]), sep="\n")
+    lines = [f"{run.phase}: {ap_line(results['ap'])}"] if results["ap"] else []
+    say(*lines, *health_lines(results["pseudo"]), sep="\n")
     if run.board and setting.val:
         page = sheet(setting.pictures({"prediction": run.model}), ["image", "ground truth", "prediction"])
         run.board.add_image("predictions", np.asarray(page), run.step + 1, dataformats="HWC")
@@ -746,6 +750,6 @@ if __name__ == "__main__":
     with engine.user_errors():
         cfg = parse(Config, PRESETS, None, __doc__)
         setting = Setting(cfg)
-        setting.show()
+        setting.show(PRESETS)
     with engine.user_errors(DataError):
         main(cfg, setting)

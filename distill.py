@@ -111,19 +111,19 @@ def summary(cfg: Config, setting: Setting) -> None:
 def write_report(out: Path, setting: Setting, aps: dict, rows: list, names: list[str]) -> None:
     """out/report.html, if it can be made."""
     try:
-        from tools.report import write_report
+        from tools.report import write_report as write_page
     except ImportError as error:
         return engine.warn(f"no report.html: {error}")
     title = f"Guided Distillation: {setting.cfg.data}, {len(setting.labelled)} labelled images"
     config = dataclasses.asdict(setting.cfg)
-    write_report(out / "report.html", title, out / "metrics.jsonl", aps, rows, names, config)
+    write_page(out / "report.html", title, out / "metrics.jsonl", aps, rows, names, config)
     say(f"curves and all of it: {out / 'report.html'}")
 
 
 def main(cfg: Config) -> None:
     with engine.user_errors():
         setting = Setting(cfg, last="distill")
-        setting.show()
+        setting.show(PRESETS)
     with engine.user_errors(DataError):
         if cfg.labels_only or not setting.finished["distill"]:
             burnin.main(cfg, setting)

@@ -579,6 +579,8 @@ class Run:
         """Writes the phase's final checkpoint; results go into it and into metrics.jsonl."""
         self.save(self.out / f"{self.phase}.pt", self.steps, **results)
         self.record(self.steps, **results)
+        if self.board:
+            self.board.close()
         if rank() == 0:
             for old in step_files(self.out, self.phase):
                 old.unlink()

@@ -323,7 +323,11 @@ def arguments(argv=None):
     add(
         "--export", metavar="DIR", help="write torch.export's and ONNX's programs, and files for transformers"
     )
-    add("--which", choices=("student", "teacher"), help="which model predicts or is exported [student]")
+    add(
+        "--which",
+        choices=("student", "teacher"),
+        help="which model predicts or is exported [student; teacher for --pseudo]",
+    )
     return parser.parse_args(argv)
 
 

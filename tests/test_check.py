@@ -204,7 +204,7 @@ def test_what_training_can_do_with_is_said_at_its_start(mine, tmp_path, capsys):
     what["annotations"] += [*many, what["annotations"][0] | {"id": 99, "segmentation": []}]
     (folder / "instances_train.json").write_text(json.dumps(what))
     flags = ["--data", str(folder), "--out", str(tmp_path / "run"), *TINY.split()]
-    burnin.Setting(burnin.parse(burnin.Config, burnin.PRESETS, flags)).show()
+    burnin.Setting(burnin.parse(burnin.Config, burnin.PRESETS, flags)).show(burnin.PRESETS)
     printed = capsys.readouterr().out
     for line in (
         "1 annotations are left out, such as: annotation 99 (image 0) has no mask",

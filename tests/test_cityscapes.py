@@ -207,7 +207,7 @@ def test_training_on_it_shows_both_aps(root, tmp_path, capsys):
     flags = [*flags.split(), "--root", str(root), "--out", str(tmp_path)]
     cfg = burnin.parse(burnin.Config, burnin.PRESETS, flags)
     setting = burnin.Setting(cfg)
-    setting.show()
+    setting.show(burnin.PRESETS)
     burnin.main(cfg, setting)
     printed = capsys.readouterr().out
     assert "6 training images, 3 of them labelled" in printed and "burnin done" in printed

@@ -3,6 +3,7 @@
 import contextlib
 import io
 
+import onnxruntime
 import pytest
 import torch
 from conftest import TINY
@@ -53,8 +54,6 @@ def test_a_program_finds_what_the_model_finds_in_images_of_any_size(exported):
 
 
 def test_an_onnx_model_finds_what_the_model_finds_in_images_of_any_size(exported):
-    pytest.importorskip("onnx"), pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
     model, _, folder, _ = exported
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     for image in images():

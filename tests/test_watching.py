@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pty
+import shutil
 import struct
 import sys
 import termios
@@ -168,17 +169,8 @@ def test_as_many_images_are_seen_and_the_teacher_is_as_many_images_behind():
 def finished(shapes, tmp_path_factory):
     """The folder of a short run with everything that can be watched, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "watched"
-    board = ["--tensorboard"] if has_tensorboard() else []
     flags = ["--data", shapes, "--preset", "shapes", *SMALL.split(), "--steps", "3", "--eval-every", "2"]
-    return out, run("distill.py", *flags, *board, "--out", out).stdout
-
-
-def has_tensorboard():
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    return out, run("distill.py", *flags, "--tensorboard", "--out", out).stdout
 
 
 def test_the_banner_says_what_the_run_is(finished):
@@ -186,7 +178,7 @@ def test_the_banner_says_what_the_run_is(finished):
     assert max(map(len, printed.split("phase 1 of 3")[0].splitlines()[1:])) <= 80
     words = "12 training images, 6 of them labelled (split |6 for validation|4 classes|resnet10t, 5 queries|"
     words += "million parameters|2 labelled and 2 unlabelled images a step|lr 0.001|the preset is for 8|"
-    words += "--scale-to-batch would take --lr 0.0005|--steps 2000,2800,3600|--ema-decay 0.99|"
+    words += "--scale-to-batch would take --lr 0.0005|--steps 2000,2800,3600|--ema-decay 0.9995|"
     words += "3 teacher burn-in|3 distillation|1 x cpu|fp32|torch 2|timm 1|Python 3"
     for word in words.split("|"):
         assert word in " ".join(printed.split()), word
@@ -210,7 +202,6 @@ def test_each_evaluation_tells_ap_and_how_good_the_pseudo_labels_are(finished):
 
 
 def test_tensorboard_has_curves_and_pictures(finished):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for phase in ("teacher", "burnin", "distill"):
@@ -314,6 +305,16 @@ def test_health_measures_on_hidden_labels(shapes, tmp_path):
     lines = burnin.health_lines(result)
     assert "precision 100.0, recall" in lines[0] and "mask IoU 100.0" in lines[0] and "circle" in lines[1]
     assert burnin.health_lines(result | {"kept": 0}) == ["  no pseudo-labels on 6 images"]
+
+
+def test_health_does_without_images_that_are_damaged(shapes, tmp_path):
+    shutil.copytree(shapes, tmp_path / "data")
+    flags = f"--data {tmp_path / 'data'} --preset shapes {SMALL} --out {tmp_path / 'out'}"
+    setting = burnin.Setting(parse(*flags.split(), script=burnin))
+    for image_id in set(setting.train.image_ids) - set(setting.labelled):
+        setting.train.path(image_id).write_bytes(b"no image")
+    result = burnin.health(nn.Identity(), setting)
+    assert result["images"] == result["kept"] == result["precision"] == 0
 
 
 def test_without_hidden_labels_health_tells_how_many_are_kept(shapes, tmp_path):

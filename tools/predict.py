@@ -30,9 +30,8 @@ def main(checkpoint: dict, flags, sizes: dict, device) -> None:
         raise ValueError("--pseudo needs the images: --images DIR")
     if engine.world_size() > 1:
         raise ValueError("--images and --pseudo run in one process")
-    which = flags.which or "student"
-    if flags.pseudo:  # of a phase without a teacher, the model that it has trained is one
-        which = "teacher" if checkpoint["teacher"] is not None else "student"
+    # Of a phase without a teacher, the model that it has trained is one.
+    which = flags.which or ("teacher" if flags.pseudo and checkpoint["teacher"] is not None else "student")
     if checkpoint[which] is None:
         raise ValueError(f"{flags.checkpoint} has no {which}")
     model = load_model(checkpoint, which, device)
