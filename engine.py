@@ -523,7 +523,7 @@ class Run:
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         images = means.pop("images", 0) * world_size() / seconds
         self.record(step, **means, lr=lr, images_per_second=images)
-        return {name: means.get(name) for name in self.shown} | {"images_per s": images}
+        return {name: means.get(name) for name in self.shown} | {"speed_img/s": images}
 
     def record(self, step, **values) -> None:
         """A line of out/metrics.jsonl, and points of TensorBoard's curves."""

@@ -28,7 +28,7 @@ import evaluate
 HERE = Path(__file__).parent
 os.environ["PYTHONPATH"] = f"{HERE.parent}{os.pathsep}{HERE}"  # where the server looks for modules
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["faults"])
+context.set_forkserver_preload(["faults", "tools.report"])
 
 TINY = shlex.split(
     "--preset shapes --ratio 0.5 --crop 64,64 --num-queries 6 --hidden-dim 32 --encoder-ffn 32 "
