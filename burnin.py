@@ -149,6 +149,9 @@ class Config:
     )
     min_area: int = knob(5, "a pseudo-label's mask has more pixels than this, at a quarter of the resolution")
     unsupervised_weight: float = knob(2.0, "weight of the loss on unlabelled images")
+    strong_view: bool = knob(
+        True, "the student sees strong views of unlabelled images; false: the teacher's weak ones, a control"
+    )
     repeat_threshold: float = knob(
         10.0, "repeat-factor sampling of labelled images (data.repeat_factors), for rare classes; 0: uniform"
     )
@@ -297,15 +300,16 @@ def guided_step(
 ) -> tuple[dict, dict, list[dict]]:
     """The losses of a step in phases 2 and 3: on labelled images against their labels, on unlabelled ones
     against the teacher's pseudo-labels. The teacher sees the weak view, the student the strong view of the
-    same crop. Returns both dictionaries and the pseudo-labels."""
+    same crop, if there is one. Returns both dictionaries and the pseudo-labels."""
     with torch.inference_mode(), autocast(device):
         guidance = teacher(stack_images(unlabelled, "image", device))
     pseudo = pseudo_labels(guidance, cfg.score_threshold, cfg.min_area)
 
     # One pass for both: DistributedDataParallel wants a backward before the next one. Only --norm batch mixes
     # them, in its statistics.
+    view = "strong" if "strong" in unlabelled[0] else "image"
     with autocast(device):
-        views = [stack_images(labelled, "image", device), stack_images(unlabelled, "strong", device)]
+        views = [stack_images(labelled, "image", device), stack_images(unlabelled, view, device)]
         outputs = student(torch.cat(views))
     B, targets = len(labelled), to_device(labelled, device)
     pairs = criterion.match(outputs, targets + pseudo)  # for both: one copy to the CPU
@@ -323,12 +327,12 @@ def set_losses(criterion, outputs, targets, pairs=None) -> dict:
 
 def split_outputs(outputs: dict, first: int) -> tuple[dict, dict]:
     """The outputs of the first images of a batch, and of the others."""
-    both = [
-        {name: value.split([first, len(value) - first]) for name, value in p.items() if name != "aux_outputs"}
-        for p in (outputs, *outputs["aux_outputs"])
-    ]
-    rows = [[Prediction({name: value[i] for name, value in p.items()}) for p in both] for i in range(2)]
-    return tuple(Prediction(last, aux_outputs=earlier) for last, *earlier in rows)
+    both, sizes = ([], []), (first, len(outputs["pred_logits"]) - first)
+    for p in (outputs, *outputs["aux_outputs"]):
+        parts = {name: value.split(sizes) for name, value in p.items() if name != "aux_outputs"}
+        for half, predictions in enumerate(both):
+            predictions.append(Prediction({name: part[half] for name, part in parts.items()}))
+    return tuple(Prediction(last, aux_outputs=earlier) for last, *earlier in both)
 
 
 def stack_images(batch: list[dict], key: str, device) -> Tensor:
@@ -358,6 +362,27 @@ class Setting:
             raise ValueError(
                 "--norm batch is synchronised on GPUs only; on several CPUs take group or frozen"
             )
+        self._read_data()
+        self._plan_model()
+        weights = dict(zip(("weight_class", "weight_mask", "weight_dice"), cfg.loss_weights))
+        self.criterion = SetCriterion(
+            self.num_classes, **weights, no_object_weight=cfg.no_object_weight, num_points=cfg.num_points
+        ).to(self.device)
+        self.test_sizes = {"short_side": cfg.test_short_side, "long_side": cfg.test_long_side}
+        self.view = View(cfg.crop, cfg.scale, cfg.short_side, colour=cfg.colour, blur=cfg.blur)
+        engine.lr_factor(cfg.schedule, progress=0.0)
+        self.finished = {  # read once: checkpoints are large
+            phase: engine.finished(cfg, phase, split=self.describe["split"])
+            for phase in ("teacher", "burnin", "distill", "labels_only")
+        }
+        if cfg.teacher:
+            load_teacher(cfg, self)  # a wrong file is refused before anything is trained
+        if cfg.tensorboard:
+            engine.tensorboard_writer()
+
+    def _read_data(self) -> None:
+        """Which images there are, which of them are labelled, and which are the unlabelled pool."""
+        cfg = self.cfg
         with engine.rank_zero_first():
             files = dict(train_json=cfg.train_json, val_json=cfg.val_json, images=cfg.image_folder)
             self.train, self.val = load_data(cfg.data, cfg.root or None, **files)
@@ -366,8 +391,6 @@ class Setting:
         names = self.train.class_names
         if self.val and self.val.class_names != names:
             raise ValueError(f"training has the classes {names}, validation {self.val.class_names}")
-        if cfg.backbone_weights and not Path(cfg.backbone_weights).is_file():
-            raise ValueError(f"no file --backbone-weights {cfg.backbone_weights!r}")
         if cfg.split:
             self.labelled = listed_split(cfg.split, self.train)
         else:
@@ -375,7 +398,13 @@ class Setting:
         self.pool = Pool(self.train, cfg.unlabelled or (), known=[self.train, self.val])
         if is_cityscapes(self.val):
             cityscapes.rules()
-        self.num_classes = len(self.train.class_names)
+        self.num_classes = len(names)
+
+    def _plan_model(self) -> None:
+        """The arguments of every fresh model, what checkpoints say of them, and whether they make one."""
+        cfg = self.cfg
+        if cfg.backbone_weights and not Path(cfg.backbone_weights).is_file():
+            raise ValueError(f"no file --backbone-weights {cfg.backbone_weights!r}")
         fields = "backbone backbone_args norm num_queries hidden_dim"
         fields += " encoder_layers encoder_ffn decoder_layers decoder_ffn"
         self.model_args = {name: getattr(cfg, name) for name in fields.split()} | {
@@ -389,12 +418,6 @@ class Setting:
             "category_ids": self.train.category_ids,
             "split": split_hash(self.labelled),
         }
-        weights = dict(zip(("weight_class", "weight_mask", "weight_dice"), cfg.loss_weights))
-        self.criterion = SetCriterion(
-            self.num_classes, **weights, no_object_weight=cfg.no_object_weight, num_points=cfg.num_points
-        ).to(self.device)
-        self.test_sizes = {"short_side": cfg.test_short_side, "long_side": cfg.test_long_side}
-        self.view = View(cfg.crop, cfg.scale, cfg.short_side, colour=cfg.colour, blur=cfg.blur)
         try:
             with torch.device("meta"):
                 model = Mask2Former(**self.model_args)
@@ -404,15 +427,6 @@ class Setting:
         if self.init:
             for note in initialise(Mask2Former(**self.model_args), self.init):
                 say(f"--init {cfg.init}: {note}")
-        engine.lr_factor(cfg.schedule, progress=0.0)
-        self.finished = {  # read once: checkpoints are large
-            phase: engine.finished(cfg, phase, split=self.describe["split"])
-            for phase in ("teacher", "burnin", "distill", "labels_only")
-        }
-        if cfg.teacher:
-            load_teacher(cfg, self)  # a wrong file is refused before anything is trained
-        if cfg.tensorboard:
-            engine.tensorboard_writer()
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
 
     def show(self, presets: dict) -> None:
@@ -486,7 +500,7 @@ class Setting:
         often, and of unlabelled ones. The unlabelled pool is every training image, the labelled ones too."""
         threshold = self.cfg.repeat_threshold
         repeats = repeat_factors(self.train, self.labelled, threshold) if threshold else None
-        views = Views(self.pool, self.view, labels=False, strong=True)
+        views = Views(self.pool, self.view, labels=False, strong=self.cfg.strong_view)
         return (
             self.labelled_stream(phase, first_step, repeats),
             self._stream(views, self.pool.image_ids, phase, "unlabelled", first_step),

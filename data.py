@@ -37,6 +37,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
 GREY = 128  # what lies outside an image within a crop
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # of an image; Pillow refuses larger ones as decompression bombs
+ORIENTATION = 0x0112  # the EXIF tag
+# Not PostScript, for which Pillow would run a program.
+FORMATS = "JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000"
 
 
 def seed_of(*key) -> int:
@@ -53,13 +57,16 @@ class DataError(ValueError):
 
 
 class CocoDataset:
-    """Images and instance masks of one COCO JSON file, checked.
+    """Images and instance masks of one COCO JSON file, checked. A mask is a list of polygons or a run-length
+    encoding (RLE): the lengths of the runs of 0 and 1 in turn, column by column. A crowd is one mask for many
+    objects that nobody told apart.
 
     image_ids: ascending. class_names, category_ids: label k is the k-th category in the order of ids, which
-    may have gaps. Images without annotations are images like any other. Crowd regions are kept apart: they
-    are no training targets. dropped: a line for each annotation that is left out because it has no mask.
-    Raises DataError for a file that is missing, not of this form, or at odds with itself or its images. With
-    strict=False what is wrong is left out and listed in errors."""
+    may have gaps. Images without annotations are images like any other. Crowds are no training targets, and
+    evaluation neither asks for them nor counts what lies in them as wrong. dropped: a line for each
+    annotation that is left out because it has no mask. Raises DataError for a file that is missing, not of
+    this form, or at odds with itself or its images. With strict=False what is wrong is left out and listed in
+    errors."""
 
     def __init__(self, json_file, image_folder, strict: bool = True):
         self.json_file, self.image_folder = Path(json_file), Path(image_folder)
@@ -138,8 +145,9 @@ class Pool:
 
 
 class Packed:
-    """A list that never changes, as two arrays: a million items are no Python objects that every loader
-    process would come to copy."""
+    """A list that never changes, pickled into two arrays. Of a million Python objects every loader process
+    would in time make its own copy, because counting references writes to their pages; of arrays it does not.
+    """
 
     def __init__(self, items):
         parts = [pickle.dumps(item, pickle.HIGHEST_PROTOCOL) for item in items]
@@ -204,11 +212,6 @@ def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
         raise
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise DataError(f"image {str(path)!r} cannot be read: {error or type(error).__name__}") from None
-
-
-ORIENTATION = 0x0112  # the EXIF tag
-# Not PostScript, for which Pillow would run a program.
-FORMATS = "JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000"
 
 
 # -------------------------------------------------------------------------------------------------- checking
@@ -276,9 +279,6 @@ def read_coco(json_file, image_folder) -> tuple[dict, dict, list[dict], list[str
     return categories, images, [entry for entry in annotations.values() if entry], errors, dropped
 
 
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # of an image; Pillow refuses larger ones as decompression bombs
-
-
 def check_category(entry: dict) -> dict:
     if not isinstance(entry.get("name"), str):
         raise DataError(f"its name is {entry.get('name')!r}"[:200])
@@ -286,7 +286,8 @@ def check_category(entry: dict) -> dict:
 
 
 def image_check(folder):
-    """A function that returns an image entry whose size makes sense and whose file lies in the folder."""
+    """A function that takes an image's entry and returns it, or raises DataError: its size must make sense,
+    and its file must lie in the folder, not only be linked from there."""
     root = os.path.realpath(folder)
     within = {}  # for each folder in it: whether it is no link that leads out
 
@@ -319,9 +320,9 @@ def image_check(folder):
 
 
 def usable_mask(segmentation, H: int, W: int):
-    """A segmentation whose every number makes sense in an image (H, W), without polygons that have less than
-    three corners or leave the image by more than its size; None if no mask is left. Raises DataError for what
-    is no segmentation of this image."""
+    """A segmentation whose every number makes sense in an image (H, W), without those of its polygons that
+    `is_polygon` refuses; None if no mask is left. Raises DataError for what is no segmentation of this image.
+    """
     if isinstance(segmentation, list):
         return [polygon for polygon in segmentation if is_polygon(polygon, max(H, W))] or None
     if not isinstance(segmentation, dict):
@@ -352,9 +353,10 @@ def is_polygon(polygon, reach: int) -> bool:
 
 
 def rle_runs(counts: str) -> np.ndarray:
-    """The lengths of the runs of 0 and 1 in turn of a compressed RLE. COCO's format: groups of 5 bits, lowest
-    first, 32 marks that more follow, and from the fourth on the difference to the last but one. Raises
-    DataError for characters that are none."""
+    """The lengths of the runs of 0 and 1 in turn of a compressed RLE. COCO's format: a character is 48 plus a
+    number of 6 bits, of which 5 belong to the run, lowest first, and the sixth says that more follow; from
+    the fourth run on it is the difference to the last but one. Raises DataError for characters that are
+    none."""
     digits = np.frombuffer(counts.encode("latin1", "replace"), dtype=np.uint8).astype(np.int64) - 48
     if not len(digits) or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
         raise DataError("the counts of its RLE are damaged")
@@ -481,7 +483,7 @@ class View:
     crop: (H, W) of the result, multiples of 32. scale: the image is first resized to fit the crop times a
     factor drawn from this range. short_side: instead, it is resized so that its shorter side is one of
     these lengths. flip: mirror half of the images.
-    colour: a photometric jitter of the weak view after SSD (arXiv 1512.02325, section 3.6), with brightness
+    colour: a photometric jitter of the weak view after SSD (arXiv 1512.02325, section 2.2), with brightness
     as a factor. blur: sigmas of the strong view, in pixels."""
 
     crop: tuple[int, int]
@@ -525,8 +527,9 @@ class Geometry:
         return Geometry(resized, top, left, window, view.flip and rng.random() < 0.5, view.crop)
 
     def region(self, image: Image.Image) -> tuple[Image.Image, tuple, float]:
-        """What is kept of an image, resized if that makes it smaller; the box in it that is the window; and
-        its pixels per pixel of the crop. Here, before it is enlarged, colour and blur cost least."""
+        """The part of an image that the window shows, made smaller here if it has to be; the box in it that
+        is the window (left, top, right, bottom, in its pixels); and its pixels per pixel of the crop, at most
+        1. Colour and blur cost least here, before `lay` enlarges it."""
         y, x = image.height / self.resized[0], image.width / self.resized[1]
         (h, w), top, left = self.window, self.top, self.left
         box = left * x, top * y, (left + w) * x, (top + h) * y
@@ -633,7 +636,8 @@ class Views(Dataset):
         geometry = Geometry.draw(self.view, H, W, rng)
         region, box, scale = geometry.region(image)
         if self.view.colour:
-            region = colour_jitter(region, rng, 32 / 255, 0.5, 0.5, 18 / 360, probability=0.5)
+            # The recipe's 32 and 18 are of OpenCV's 8 bits, where brightness ends at 255 and hue at 180.
+            region = colour_jitter(region, rng, 32 / 255, 0.5, 0.5, 18 / 180, probability=0.5)
         item = {"image": to_tensor(geometry.lay(region, box))}
         if self.with_strong:
             blur = [scale * sigma for sigma in self.view.blur]
@@ -743,7 +747,8 @@ def _leave_signals_to_the_main_process(_) -> None:
 
 
 def _end(workers) -> None:
-    """DataLoader would send them a SIGTERM, which they do not hear, and wait."""
+    """Kills the loader processes: DataLoader would send them a SIGTERM, which they ignore, and wait for
+    ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where DataLoader looks for workers that died
     for worker in workers:
         worker.kill()
@@ -752,10 +757,10 @@ def _end(workers) -> None:
 class StepSampler:
     """Yields for step after step the (image_id, seed) of a batch, without end.
 
-    The stream is a row of epochs, each a permutation of the images in which image i stands repeats[i] times
-    on average. Position p of the stream is a function of (seed, p), and step s of all processes together
-    takes the positions s * G to (s + 1) * G - 1, where G = batch * world_size; so two processes with half
-    the batch see what one process sees."""
+    The stream is one epoch after another, each a permutation of the images in which image i stands repeats[i]
+    times on average. Position p of the stream is a function of (seed, p), and step s of all processes
+    together takes the positions s * G to (s + 1) * G - 1, where G = batch * world_size; so two processes with
+    half the batch see what one process sees."""
 
     def __init__(self, image_ids, batch, seed, rank=0, world_size=1, first_step=0, repeats=None):
         if not len(image_ids):
@@ -791,7 +796,9 @@ class StepSampler:
 def repeat_factors(dataset: CocoDataset, image_ids, threshold: float) -> list[float]:
     """Repeat-factor sampling (LVIS, Gupta et al., CVPR 2019, arXiv 1908.03195, section 4): how often each
     image should be seen so that rare classes count for more: the largest max(1, sqrt(threshold / share of
-    images with the class)) of its classes."""
+    images with the class)) of its classes, and 1 without any. LVIS has a threshold of 0.001, so only rarer
+    classes come more often; the paper's 10 is above every share, so that between all classes it is the root
+    that counts, and images without objects come least."""
     classes = [set(dataset.labels(image_id)) for image_id in image_ids]
     counts = np.bincount([label for labels in classes for label in labels], minlength=1)
     factors = np.sqrt(threshold * len(image_ids) / np.maximum(counts, 1)).clip(min=1)

@@ -123,9 +123,9 @@ def _launch(kernel, value, locations, weights, *more, spatial_shapes):
     starts = (sizes[:, 0] * sizes[:, 1]).cumsum(0).to(torch.int32) - sizes[:, 0] * sizes[:, 1]
     grid = triton.cdiv(N, BLOCK), B, M
     lanes = triton.next_power_of_2(D)
-    kernel[grid](
-        value, locations, weights, *more, sizes, starts, S, N, M=M, D=D, L=L, P=P, LANES=lanes, BLOCK=BLOCK
-    )
+    arguments = value, locations, weights, *more, sizes, starts, S, N
+    with torch.cuda.device_of(value):  # Triton launches on the current device
+        kernel[grid](*arguments, M=M, D=D, L=L, P=P, LANES=lanes, BLOCK=BLOCK)
 
 
 # Operators of torch.library: torch.compile sees a box with known shapes. spatial_shapes: H, W, H, W, ...

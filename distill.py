@@ -5,7 +5,7 @@ In distillation the teacher begins as a copy of the student and follows it by an
 while the student goes on learning from the labels and from the teacher's pseudo-labels: it is the guided
 step of burnin.py with a teacher that follows the student.
 
-    python distill.py --data shapes --ratio 0.1                        # a laptop, about ten minutes
+    python distill.py --data shapes --ratio 0.1                        # a laptop, some minutes
     torchrun --nproc_per_node=8 distill.py --data coco --ratio 0.01    # many GPUs
     python distill.py --data my_dataset --ratio 0.1                    # a folder in COCO form
 
@@ -24,7 +24,7 @@ import engine
 from burnin import Setting, guided_step
 from data import DataError
 from engine import Run, knob, say
-from evaluate import ap_line, ap_table, load_model, sheet
+from evaluate import ap_line, ap_table, check_classes, load_model, sheet
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Config(burnin.Config):
         most=1,
         group="distillation, phase 3",
     )
+    student: str = knob("", "checkpoint of a burnt-in student of one's own; phases 1 and 2 are skipped")
 
 
 # In the 900 steps of shapes a decay of 0.9996 would keep 70 % of the teacher that phase 3 begins with.
@@ -58,7 +59,7 @@ def ema_update(teacher: nn.Module, student: nn.Module, decay: float) -> None:
 def distill(cfg: Config, setting: Setting) -> None:
     """Phase 3 -> distill.pt"""
     device = setting.device
-    start = engine.load_checkpoint(Path(cfg.out) / "burnin.pt")
+    start = load_student(cfg, setting)
     student, teacher = (load_model(start, "student", device) for _ in range(2))
     student.requires_grad_(True)
     schedule = cfg.steps[1], cfg.steps[1] + cfg.steps[2]  # goes on where phase 2 ended
@@ -83,24 +84,37 @@ def distill(cfg: Config, setting: Setting) -> None:
     burnin.finish(run, setting, teacher, teacher_ap=teacher_ap)
 
 
+def load_student(cfg: Config, setting: Setting) -> dict:
+    """The checkpoint of phase 2 with which phase 3 begins: this run's, or one's own of the same model."""
+    start = engine.load_checkpoint(cfg.student or Path(cfg.out) / "burnin.pt")
+    check_classes(start, setting.train.class_names)
+    for name, value in setting.model_args.items():
+        if start["model_args"][name] != value:
+            before = start["model_args"][name]
+            raise ValueError(f"--student {cfg.student} is a model with {name} {before!r}, not {value!r}")
+    return start
+
+
 def summary(cfg: Config, setting: Setting) -> None:
     """The table of all phases, a picture of teacher and student on the same images, and the report."""
     out, device = Path(cfg.out), setting.device
-    phases = {"labels only": out / "labels_only.pt", "burnt-in": out / "burnin.pt"}
-    phases = {name: engine.load_checkpoint(path) for name, path in phases.items() if path.exists()}
-    phases = {"teacher": burnin.load_teacher(cfg, setting)} | phases
+    phases = {} if cfg.student else {"teacher": burnin.load_teacher(cfg, setting)}
+    if (out / "labels_only.pt").exists():
+        phases["labels only"] = engine.load_checkpoint(out / "labels_only.pt")
+    phases["burnt-in"] = load_student(cfg, setting)
     last = engine.load_checkpoint(out / "distill.pt")
     aps = {name: phase.get("ap") for name, phase in phases.items()}
     aps |= {"student": last["ap"], "EMA teacher": last["teacher_ap"]}
-    if cfg.teacher:
-        del aps["teacher"]  # if it has any, they are of other images
+    for name in ["teacher"] * bool(cfg.teacher) + ["burnt-in"] * bool(cfg.student):
+        aps.pop(name, None)  # if it has any, they may be of other images
     aps = {name: ap for name, ap in aps.items() if ap}  # not those of a phase without a validation set
     if aps:
         number, by_class = len(setting.labelled), setting.num_classes <= 10
         say(f"\nmask AP on {len(setting.val)} images, after training with {number} labelled ones\n")
         say(ap_table(aps, by_class))
     if engine.rank() == 0:
-        models = {"teacher": phases["teacher"], "student": last}
+        first = "burnt-in" if cfg.student else "teacher"
+        models = {first: phases[first], "student": last}
         models = {name: load_model(checkpoint, "student", device) for name, checkpoint in models.items()}
         rows, names = setting.pictures(models), ["image", "ground truth", *models]
         sheet(rows, names).save(out / "predictions.png")
@@ -123,9 +137,11 @@ def write_report(out: Path, setting: Setting, aps: dict, rows: list, names: list
 def main(cfg: Config) -> None:
     with engine.user_errors():
         setting = Setting(cfg, last="distill")
+        if cfg.student:
+            load_student(cfg, setting)  # a wrong file is refused before anything is trained
         setting.show(PRESETS)
     with engine.user_errors(DataError):
-        if cfg.labels_only or not setting.finished["distill"]:
+        if cfg.labels_only or not (cfg.student or setting.finished["distill"]):
             burnin.main(cfg, setting)
         if cfg.labels_only:
             return

@@ -1,15 +1,17 @@
-"""Hungarian matching and the set loss of Mask2Former (Cheng et al., CVPR 2022, arXiv 2112.01527, section
-3.3 and appendix).
+"""Hungarian matching and the set loss of Mask2Former (Cheng et al., CVPR 2022, arXiv 2112.01527, sections
+3.1, 3.3 and 4.1).
 
     criterion = SetCriterion(num_classes=80)
     losses = criterion(outputs, targets)    # {"loss_ce": ..., "loss_mask": ..., "loss_dice": ..., ...}
     sum(losses.values()).backward()
 
-Every query is matched to at most one object, by class probability and by the mask on random points; matched
-queries learn that object's class and mask, the others "no object". The same holds for the prediction of
-every decoder layer (deep supervision). This file needs torch and scipy and can be copied out alone. All of
-it runs in fp32, whatever autocast says. Where the paper is silent the numerics follow the official code
-(facebookresearch/Mask2Former at 9b0651c).
+A query is one of the model's slots, which all predict a class and a mask, as in DETR (Carion et al., ECCV
+2020, arXiv 2005.12872). Every query is matched to at most one object, by class probability and by the mask on
+random points; matched queries learn that object's class and mask, the others "no object". The same holds for
+the earlier predictions in "aux_outputs", one from each decoder layer (deep supervision). Masks are compared
+on random points because all pixels would cost several times the memory (section 3.3). This file needs torch
+and scipy and can be copied out alone. All of it runs in fp32, whatever autocast says. Where the paper is
+silent the numerics follow the official code (facebookresearch/Mask2Former at 9b0651c).
 
 Letters in shapes: B images, C channels, Q queries, K classes, N objects of one image, P points, H W pixels,
 h w = H/4 W/4, T predictions (one a layer and one before them), G matched pairs over all predictions and
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-CACHED = 2**21  # mask logits that are compared at once: beyond this a CPU reads memory again and again
+CACHED = 2**21  # mask logits compared at once: 8 MB of fp32 stay in a CPU's cache
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
@@ -73,7 +75,7 @@ class HungarianMatcher(nn.Module):
         """outputs: "pred_logits" (B, Q, K+1), "pred_masks" (B, Q, h, w) logits. targets: per image "labels"
         (N,) int64 in 0..K-1 and "masks" (N, H, W) bool, over the same area as pred_masks. In place of
         "pred_masks" there may be "mask_embed" (B, Q, C) and "mask_features" (B, C, h, w), whose product it
-        is; the features are those of all predictions.
+        is; all predictions of a model share the features.
 
         Returns per image (query, target): two int64 tensors of length min(Q, N) on the CPU; query ascends.
         """
@@ -100,8 +102,9 @@ class HungarianMatcher(nn.Module):
         return [[tuple(torch.as_tensor(i, dtype=torch.int64) for i in pair) for pair in row] for row in pairs]
 
     def costs(self, class_logits, maps, embed, target, points) -> Tensor:
-        """Of one image: class logits (T, Q, K+1), points (P, 2), and the mask logits of all predictions,
-        maps (T * Q, h, w), or embed (T * Q, C) and maps (C, h, w), whose product they are -> (T, Q, N)."""
+        """Of one image (section 4.1 has the weights): class logits (T, Q, K+1), points (P, 2), and the mask
+        logits of all predictions, maps (T * Q, h, w), or embed (T * Q, C) and maps (C, h, w), whose product
+        they are -> (T, Q, N)."""
         labels, masks = target["labels"], target["masks"]
         with torch.autocast(maps.device.type, enabled=False):
             rows = maps.float().flatten(1).T.contiguous()

@@ -3,15 +3,20 @@
     model = Mask2Former(num_classes=80, backbone="resnet50", pretrained=True)
     outputs = model(images)                 # (B, 3, H, W) RGB, 0..255, any H and W
 
-Three parts, each a module of its own: a timm backbone gives feature maps at strides 4, 8, 16, 32; the
-`PixelDecoder` mixes the upper three by multi-scale deformable attention and makes mask features at stride
-4; the `TransformerDecoder` turns learned queries into class logits and mask logits. This file needs torch,
-torchvision and timm and can be copied out alone. Where the paper is silent the numerics follow the official
-code (facebookresearch/Mask2Former at 9b0651c).
+Three parts, each a module of its own. A timm backbone gives feature maps at strides 4, 8, 16, 32. The
+`PixelDecoder` mixes the three coarser ones, which are called levels from there on, by multi-scale deformable
+attention, and makes the mask features: C numbers for each pixel at stride 4. The `TransformerDecoder` has Q
+queries, learned vectors each of which may claim one object. Layer by layer they read one level after the
+other, and before the first layer and after each they predict: class logits, and a mask embedding whose
+product with the mask features is the query's mask. The last prediction is the result; the earlier ones,
+"aux_outputs", are there for the loss alone (deep supervision).
 
-Letters in shapes: B images, C hidden_dim, H W pixels of the padded image, h w = H/4 W/4, K classes, Q
-queries, M heads, D = C/M, L levels (strides 32, 16, 8 in this order), P points, S = sum of H_l * W_l over
-levels, N queries of an attention."""
+This file needs torch, torchvision and timm and can be copied out alone. Where the paper is silent the
+numerics follow the official code (facebookresearch/Mask2Former at 9b0651c).
+
+Letters in shapes: B images, C hidden_dim, H W pixels of the images, which from the backbone on are padded to
+multiples of 32, h w = a quarter of these, K classes, Q queries, M heads, D = C/M, L levels (strides 32, 16, 8
+in this order), P points, S = sum of H_l * W_l over levels, N queries of an attention, of any kind."""
 
 import math
 import re
@@ -51,8 +56,9 @@ class Mask2Former(nn.Module):
     backbone: a name of BACKBONES, or any timm model with feature maps at strides 4 to 32, or a plain ViT.
     pretrained: start from timm's ImageNet weights (downloads them). backbone_weights: from this local file of
         timm's names instead.
-    norm: what becomes of the backbone's batch norms: "frozen" (fixed statistics: after pretraining), "batch"
-        (trained; engine.py synchronises them over GPUs), or "group" (group norm: for training from scratch).
+    norm: what becomes of the backbone's batch norms: "frozen" (statistics, factors and shifts stay as they
+        were pretrained), "batch" (trained; engine.py synchronises them over GPUs), or "group" (replaced by
+        group norms: for training from scratch).
     pixel_mean, pixel_std: per RGB channel in 0..255; None takes them from timm's configuration.
     backbone_args: further arguments for timm.create_model."""
 
@@ -92,7 +98,7 @@ class Mask2Former(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> dict:
-        """images: (B, 3, H, W) RGB, uint8 or float in 0..255.
+        """images: (B, 3, H, W) RGB, uint8 or float in 0..255, any H and W.
 
         Returns a `Prediction`: "pred_logits" (B, Q, K+1) class logits, "pred_masks" (B, Q, h, w) mask logits
         at stride 4 of the image padded right and below to multiples of 32 (h = 8 * ceil(H / 32)), and
@@ -278,7 +284,7 @@ class PixelDecoder(nn.Module):
     """Feature maps at strides 4, 8, 16, 32 -> mask features (B, C, h, w) and the levels [stride 32, 16, 8],
     each (B, C, H_l, W_l).
 
-    Section 3.2.1 of the paper; the encoder is that of Deformable DETR (Zhu et al., ICLR 2021, arXiv
+    Sections 3.2.2 and 4.1 of the paper; the encoder is that of Deformable DETR (Zhu et al., ICLR 2021, arXiv
     2010.04159).
     in_channels: of the four feature maps."""
 
@@ -290,18 +296,17 @@ class PixelDecoder(nn.Module):
         num_layers=6,
         ffn_dim=1024,
         num_points=4,
-        mask_dim=None,
     ):
         super().__init__()
-        stride_4, *upper = in_channels
+        stride_4, *coarser = in_channels
         groups = math.gcd(32, hidden_dim)
         self.input_proj = nn.ModuleList(
             nn.Sequential(nn.Conv2d(channels, hidden_dim, 1), nn.GroupNorm(groups, hidden_dim))
-            for channels in reversed(upper)
+            for channels in reversed(coarser)
         )
-        self.level_embed = nn.Parameter(torch.empty(len(upper), hidden_dim))
+        self.level_embed = nn.Parameter(torch.empty(len(coarser), hidden_dim))
         self.layers = nn.ModuleList(
-            EncoderLayer(hidden_dim, num_heads, ffn_dim, len(upper), num_points) for _ in range(num_layers)
+            EncoderLayer(hidden_dim, num_heads, ffn_dim, len(coarser), num_points) for _ in range(num_layers)
         )
         self.lateral = nn.Sequential(
             nn.Conv2d(stride_4, hidden_dim, 1, bias=False), nn.GroupNorm(groups, hidden_dim)
@@ -311,7 +316,7 @@ class PixelDecoder(nn.Module):
             nn.GroupNorm(groups, hidden_dim),
             nn.ReLU(),
         )
-        self.mask_features = nn.Conv2d(hidden_dim, mask_dim or hidden_dim, 1)
+        self.mask_features = nn.Conv2d(hidden_dim, hidden_dim, 1)
 
         nn.init.normal_(self.level_embed)
         for proj in self.input_proj:
@@ -322,8 +327,8 @@ class PixelDecoder(nn.Module):
         nn.init.zeros_(self.mask_features.bias)
 
     def forward(self, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        stride_4, *upper = features
-        levels = [proj(feature) for proj, feature in zip(self.input_proj, reversed(upper))]
+        stride_4, *coarser = features
+        levels = [proj(feature) for proj, feature in zip(self.input_proj, reversed(coarser))]
         shapes = [tuple(level.shape[-2:]) for level in levels]
         positions = torch.cat(
             [sine_positions(level).flatten(1).T + embed for level, embed in zip(levels, self.level_embed)]
@@ -344,8 +349,8 @@ class PixelDecoder(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Multi-scale deformable self-attention, then a feed-forward network, each with a residual and a norm
-    behind it."""
+    """Of the pixel decoder: multi-scale deformable self-attention, in which every position of every level is
+    a query, then a feed-forward network, each with a residual and a norm behind it."""
 
     def __init__(self, hidden_dim, num_heads, ffn_dim, num_levels, num_points):
         super().__init__()
@@ -361,10 +366,10 @@ class EncoderLayer(nn.Module):
 
 class MSDeformAttn(nn.Module):
     """Multi-scale deformable attention: each query looks at P points of every level, which it chooses
-    around its reference point.
+    around its reference point (here the place of the query in the image).
 
-    query (B, N, C), reference_points (N, 2) or (B, N, L, 2) as (x, y) in [0, 1], value (B, S, C),
-    spatial_shapes [(H_l, W_l)] -> (B, N, C)"""
+    query (B, N, C), reference_points (N, 2) as (x, y) in [0, 1], value (B, S, C), spatial_shapes
+    [(H_l, W_l)] -> (B, N, C)"""
 
     def __init__(self, hidden_dim=256, num_heads=8, num_levels=3, num_points=4):
         super().__init__()
@@ -398,11 +403,7 @@ class MSDeformAttn(nn.Module):
             sizes = torch.tensor([(W, H) for H, W in spatial_shapes], dtype=query.dtype, device=query.device)
             sizes = sizes[:, None].expand(M, L, P, 2).reshape(-1)
             offsets = (self.sampling_offsets(query) / sizes).view(B, N, M, L, P, 2)
-            if reference_points.ndim == 4:
-                reference_points = reference_points[:, :, None, :, None, :]
-            else:
-                reference_points = reference_points[:, None, None, None, :]
-            locations = reference_points + offsets  # (B, N, M, L, P, 2)
+            locations = reference_points[:, None, None, None, :] + offsets  # (B, N, M, L, P, 2)
             weights = self.attention_weights(query).view(B, N, M, L * P).transpose(2, 3)
             weights = weights.contiguous().softmax(2)  # not last: CPUs are slow on a short last dimension
             weights = weights.transpose(2, 3).unflatten(3, (L, P))
@@ -580,7 +581,7 @@ class TransformerDecoder(nn.Module):
     """Learned queries read the levels in turn, each only where its last mask was, and predict a class and a
     mask after every layer.
 
-    Section 3.2.1 and 3.2.2 of the paper. levels: [stride 32, 16, 8], each (B, C, H_l, W_l); mask_features:
+    Sections 3.2.1 to 3.2.3 of the paper. levels: [stride 32, 16, 8], each (B, C, H_l, W_l); mask_features:
     (B, C, h, w). Returns what `Mask2Former` returns."""
 
     def __init__(
@@ -592,7 +593,6 @@ class TransformerDecoder(nn.Module):
         num_layers=9,
         ffn_dim=2048,
         num_levels=3,
-        mask_dim=None,
     ):
         super().__init__()
         self.query_features = nn.Embedding(num_queries, hidden_dim)
@@ -606,7 +606,7 @@ class TransformerDecoder(nn.Module):
             nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim),
             nn.ReLU(),
-            nn.Linear(hidden_dim, mask_dim or hidden_dim),
+            nn.Linear(hidden_dim, hidden_dim),
         )
 
     def forward(self, levels: list[Tensor], mask_features: Tensor) -> dict:
@@ -644,7 +644,8 @@ class TransformerDecoder(nn.Module):
 class Prediction(dict):
     """What the queries predict: "pred_logits" (B, Q, K+1), "mask_embed" (B, Q, C), "mask_features"
     (B, C, h, w), and "pred_masks" (B, Q, h, w), the product of these two, which is made when it is first
-    asked for: the losses of matcher.py want it of the few matched queries only."""
+    read as prediction["pred_masks"]: the losses of matcher.py want it of the few matched queries only. Until
+    then it is not among the keys, and get("pred_masks") is None."""
 
     def __missing__(self, name: str) -> Tensor:
         if name != "pred_masks":
@@ -683,8 +684,8 @@ class DecoderLayer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, query (B, N, C), key and value (B, S, C) -> (B, N, C); attend: (B, 1, N, S)
-    bool, True where allowed."""
+    """Multi-head attention of nn.MultiheadAttention's parameters, query (B, N, C), key and value (B, S, C) ->
+    (B, N, C); attend: (B, 1, N, S) bool, True where allowed."""
 
     def __init__(self, hidden_dim, num_heads):
         super().__init__()

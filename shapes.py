@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,12 @@ def write_shapes(folder, num_train=1000, num_val=200, size=96, seed=0) -> None:
         categories = [{"id": label + 1, "name": name} for label, name in enumerate(SHAPES)]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (temporary / f"instances_{part}.json").write_text(json.dumps(content))
-    temporary.rename(folder)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(temporary)  # another process was faster, with the same bytes
 
 
 def draw_shapes(size: int, rng: np.random.Generator):

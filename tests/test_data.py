@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -500,6 +502,20 @@ def test_the_shapes_are_the_same_byte_for_byte(shapes, tmp_path):
     )
     for file in files:
         assert (shapes / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
+
+
+def test_two_processes_may_write_the_shapes_at_once(tmp_path, monkeypatch):
+    """The slower one keeps what the faster one wrote."""
+    rename = Path.rename
+
+    def after_another(self, target):
+        shutil.copytree(self, target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", after_another)
+    write_shapes(tmp_path / "shapes", num_train=1, num_val=1, size=64)
+    assert [path.name for path in tmp_path.iterdir()] == ["shapes"]
+    assert (tmp_path / "shapes/images/train_00000.png").exists()
 
 
 def test_another_seed_draws_other_shapes(tmp_path):

@@ -171,6 +171,16 @@ def test_the_teacher_sees_the_weak_and_the_student_the_strong_view(step):
     assert torch.equal(shown_to_student, torch.cat([labelled, strong]))
 
 
+def test_without_a_strong_view_the_student_sees_the_weak_one(step):
+    for item in step.unlabelled:
+        del item["strong"]
+    step.student.seen.clear()
+    arguments = step.labelled, step.unlabelled, step.cfg, CPU
+    guided_step(step.student, step.teacher, step.criterion, *arguments)
+    weak = torch.stack([item["image"] for item in step.unlabelled])
+    assert torch.equal(torch.cat(step.student.seen)[-len(weak) :], weak)
+
+
 def test_the_teacher_gets_no_gradient_and_the_student_does(step):
     assert not any(
         value.requires_grad for value in step.teacher.outputs[0].values() if torch.is_tensor(value)

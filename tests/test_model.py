@@ -142,8 +142,7 @@ def test_at_first_each_head_looks_in_its_own_direction_and_weighs_all_points_ali
     assert (module.attention_weights(query) == 0).all()
 
 
-@pytest.mark.parametrize("per_level", [False, True])
-def test_deformable_attention_samples_around_its_reference_points(per_level, bilinear):
+def test_deformable_attention_samples_around_its_reference_points(bilinear):
     """Location = reference + offset / (W, H) of the level; weights are a softmax over levels and points."""
     torch.manual_seed(0)
     B, N, C, M, L, P = 2, 4, 8, 2, len(SHAPES), 2
@@ -152,7 +151,7 @@ def test_deformable_attention_samples_around_its_reference_points(per_level, bil
         nn.init.normal_(parameter, std=0.5)
     S = sum(H * W for H, W in SHAPES)
     query, value = torch.randn(B, N, C).double(), torch.randn(B, S, C).double()
-    reference = torch.rand(B, N, L, 2).double() if per_level else torch.rand(N, 2).double()
+    reference = torch.rand(N, 2).double()
 
     offsets = module.sampling_offsets(query).view(B, N, M, L, P, 2)
     logits = module.attention_weights(query).view(B, N, M, L * P)
@@ -160,8 +159,7 @@ def test_deformable_attention_samples_around_its_reference_points(per_level, bil
     locations = torch.zeros(B, N, M, L, P, 2).double()
     for b, n, m, level, p in np.ndindex(B, N, M, L, P):
         H, W = SHAPES[level]
-        start = reference[b, n, level] if per_level else reference[n]
-        locations[b, n, m, level, p] = start + offsets[b, n, m, level, p] / torch.tensor([W, H])
+        locations[b, n, m, level, p] = reference[n] + offsets[b, n, m, level, p] / torch.tensor([W, H])
     heads = module.value_proj(value).view(B, S, M, C // M)
     expected = deformable_attention_by_loops(heads, SHAPES, locations, weights, bilinear)
     torch.testing.assert_close(module(query, reference, value, SHAPES), module.output_proj(expected))

@@ -196,6 +196,7 @@ def test_one_step_of_two_processes_equals_one_step_of_one(tiny, tmp_path):
         (["--crop", "65,64"], "multiples of 32"),
         (["--data", "coco", "--root", "/nowhere"], "no annotation file"),
         (["--teacher", "missing.pt"], "no checkpoint 'missing.pt'"),
+        (["--student", "missing.pt"], "no checkpoint 'missing.pt'"),
         (["--init", "missing.pkl"], "no checkpoint 'missing.pkl'"),
         (["--split", "missing.txt"], "the split 'missing.txt' cannot be read"),
         (["--unlabelled", "missing"], "no folder 'missing' of unlabelled images"),
@@ -275,6 +276,32 @@ def test_a_teacher_of_ones_own_may_be_another_model(tiny, finished, tmp_path):
     assert "phase 1" not in printed and "phase 2" in printed
     table = run("evaluate.py", tmp_path / "burnin.pt", "--data", tiny).stdout
     assert "student" in table and "teacher" in table
+
+
+def test_distillation_from_a_student_of_ones_own_is_what_follows_its_burn_in(tiny, finished, tmp_path):
+    out, _ = finished
+    flags = ["--student", out / "burnin.pt", "--steps", "5"]
+    printed = train(tiny, tmp_path, *flags, processes=1).stdout  # like that of `finished`
+    assert "phase 2" not in printed and "phase 3" in printed and (tmp_path / "predictions.png").exists()
+    assert "burnt-in" not in printed[printed.index("mask AP") :], "its AP may be of other images"
+    ours, theirs = (engine.load_checkpoint(folder / "distill.pt") for folder in (tmp_path, out))
+    assert all(same(ours[name], theirs[name]) for name in ("student", "teacher", "optimizer"))
+
+
+def test_a_student_of_ones_own_that_is_another_model_is_refused(tiny, finished, tmp_path, capsys):
+    out, _ = finished
+    flags = ["--student", str(out / "burnin.pt"), "--hidden-dim", "16", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        distill.cli(["--data", str(tiny), *TINY, *flags])
+    assert "is a model with hidden_dim 32, not 16" in capsys.readouterr().err
+
+
+def test_without_a_strong_view_the_student_sees_what_the_teacher_sees(tiny):
+    cfg = burnin.parse(
+        distill.Config, distill.PRESETS, ["--data", str(tiny), *TINY, "--strong-view", "false"]
+    )
+    _, unlabelled = burnin.Setting(cfg).both_streams("burnin", 0)
+    assert not any("strong" in item for item in next(unlabelled))
 
 
 def test_labels_only_trains_for_the_steps_of_all_phases(tiny, finished, tmp_path):
