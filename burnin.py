@@ -148,6 +148,15 @@ class Config:
         0.7, "lowest class probability of a pseudo-label", most=1, group="guidance, phases 2 and 3"
     )
     min_area: int = knob(5, "a pseudo-label's mask has more pixels than this, at a quarter of the resolution")
+    mask_threshold: float = knob(
+        0.0, "lowest mean mask probability inside a pseudo-label's mask (PL-DC: 0.9); 0: any", most=1
+    )
+    pixel_weights: bool = knob(
+        False, "weight the mask BCE at each pixel of a pseudo-label by how sure the teacher is of it (PL-DC)"
+    )
+    score_power: float = knob(
+        0.0, "weight a pseudo-label's losses by this power of its score (PAIS); 0: all alike"
+    )
     unsupervised_weight: float = knob(2.0, "weight of the loss on unlabelled images")
     strong_view: bool = knob(
         True, "the student sees strong views of unlabelled images; false: the teacher's weak ones, a control"
@@ -266,26 +275,44 @@ def scaled_to_batch(reference: Config, batch: int) -> dict:
 
 
 @torch.no_grad()
-def pseudo_labels(outputs: dict, score_threshold: float = 0.7, min_area: int = 5) -> list[dict]:
+def pseudo_labels(
+    outputs: dict,
+    score_threshold: float = 0.7,
+    min_area: int = 5,
+    mask_threshold: float = 0.0,
+    pixel_weights: bool = False,
+    score_power: float = 0.0,
+) -> list[dict]:
     """What the teacher is sure of, as targets (Guided Distillation, section 3.2). Hard labels; duplicates are
     not suppressed.
 
     outputs: as `Mask2Former` returns them, (B, Q, K+1) and (B, Q, h, w). A query is kept when its most
     probable entry is a class with a probability above score_threshold, and its mask has more than min_area
-    pixels above 0.5 at stride 4.
-    Returns per image "labels" (N,) int64, "masks" (N, h, w) bool, "scores" (N,) in [0, 1], and "highest", the
-    largest class probability of any query."""
+    pixels above 0.5 at stride 4, whose mean probability is at least mask_threshold. Returns per image
+    "labels" (N,) int64, "masks" (N, h, w) bool, "scores" (N,) in [0, 1], and "highest", the largest class
+    probability of any query. With pixel_weights also "pixel_weights" (N, h, w), 0 where the mask probability
+    is 0.5 and 1 where it is 0 or 1; with a score_power also "weights" (N,), that power of the score."""
     probabilities = outputs["pred_logits"].float().softmax(-1)
     scores, labels = probabilities.max(-1)  # (B, Q)
     highest = probabilities[..., :-1].amax((1, 2))  # (B,)
     masks = outputs["pred_masks"] > 0  # sigmoid above 0.5
+    areas = masks.sum((2, 3))  # (B, Q)
     no_object = outputs["pred_logits"].shape[-1] - 1
-    keep = (labels != no_object) & (scores > score_threshold) & (masks.sum((2, 3)) > min_area)
+    keep = (labels != no_object) & (scores > score_threshold) & (areas > min_area)
+    if mask_threshold:
+        inside = (outputs["pred_masks"].float().sigmoid() * masks).sum((2, 3))
+        keep &= inside >= mask_threshold * areas
     queries = [kept.nonzero()[:, 0].to(masks.device, non_blocking=True) for kept in keep.cpu()]
-    return [
+    targets = [
         {"labels": labels[b, kept], "masks": masks[b, kept], "scores": scores[b, kept], "highest": highest[b]}
         for b, kept in enumerate(queries)
     ]
+    for target, mask_logits, kept in zip(targets, outputs["pred_masks"], queries):
+        if pixel_weights:
+            target["pixel_weights"] = 2 * (mask_logits[kept].float().sigmoid() - 0.5).abs()
+        if score_power:
+            target["weights"] = target["scores"] ** score_power
+    return targets
 
 
 def supervised_step(student: nn.Module, criterion: SetCriterion, labelled: list[dict], device) -> dict:
@@ -303,7 +330,8 @@ def guided_step(
     same crop, if there is one. Returns both dictionaries and the pseudo-labels."""
     with torch.inference_mode(), autocast(device):
         guidance = teacher(stack_images(unlabelled, "image", device))
-    pseudo = pseudo_labels(guidance, cfg.score_threshold, cfg.min_area)
+    kept = cfg.score_threshold, cfg.min_area, cfg.mask_threshold
+    pseudo = pseudo_labels(guidance, *kept, cfg.pixel_weights, cfg.score_power)
 
     # One pass for both: DistributedDataParallel wants a backward before the next one. Only --norm batch mixes
     # them, in its statistics.
@@ -579,7 +607,8 @@ def health(teacher: nn.Module, setting: Setting, number: int = 200) -> dict:
             continue
         with autocast(device):
             outputs = teacher(stack_images(batch, "image", device))
-        for item, pseudo in zip(batch, pseudo_labels(outputs, cfg.score_threshold, cfg.min_area)):
+        kept = cfg.score_threshold, cfg.min_area, cfg.mask_threshold
+        for item, pseudo in zip(batch, pseudo_labels(outputs, *kept)):
             pseudo = {name: value.cpu() for name, value in pseudo.items()}
             sums[:3] += torch.tensor([1, len(pseudo["labels"]), pseudo["scores"].sum()])
             classes += torch.bincount(pseudo["labels"], minlength=K)
@@ -730,8 +759,11 @@ def report(run, step: int, setting: Setting, teacher) -> None:
 
 
 def measure(run, setting: Setting, teacher) -> dict:
-    """ "ap" of the model that is trained, and "pseudo", the `health` of the teacher's pseudo-labels."""
+    """The "ap" of the model that is trained, and "pseudo", the `health` of the teacher's pseudo-labels; in
+    guided burn-in also "student_pseudo", of those that its student would give, with which phase 3 begins."""
     results = {"ap": setting.evaluate(run.model), "pseudo": health(teacher, setting)}
+    if run.phase == "burnin":
+        results["student_pseudo"] = health(run.model, setting)
     lines = [f"{run.phase}: {ap_line(results['ap'])}"] if results["ap"] else []
     say(*lines, *health_lines(results["pseudo"]), sep="\n")
     if run.board and setting.val:

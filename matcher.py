@@ -166,10 +166,11 @@ class SetCriterion(nn.Module):
     def forward(
         self, outputs: dict, targets: list[dict], num_objects=None, pairs: list | None = None
     ) -> dict:
-        """outputs: as `Mask2Former` returns them; targets: as for the matcher; num_objects: what the mask
-        losses are divided by, by default the objects of this batch. With several processes, pass the mean
-        over processes, a number or a tensor of one. At least 1 is used. pairs: what `match` has found, if it
-        has been asked already.
+        """outputs: as `Mask2Former` returns them; targets: as for the matcher, and for objects that one is
+        not sure of, in all images or none, "weights" (N,) of each object's losses and "pixel_weights" (N, H,
+        W) of its mask BCE. num_objects: what the mask losses are divided by, by default the objects of this
+        batch. With several processes, pass the mean over processes, a number or a tensor of one. At least 1
+        is used. pairs: what `match` has found, if it has been asked already.
 
         Returns every loss times its weight, so that their sum is what is minimised: "loss_ce", "loss_mask",
         "loss_dice" of the last prediction, and with suffix _0, _1, ... those of aux_outputs. Images without
@@ -188,11 +189,16 @@ class SetCriterion(nn.Module):
             most = max(matched[4].tolist(), default=-1) + 1  # pairs of one object
             layer, image, query, objects, earlier = matched.to(class_logits.device, non_blocking=True)
             labels = torch.cat([target["labels"] for target in targets])[objects]
-            masks = torch.cat([target["masks"] for target in targets])
-            loss_ce = self.class_losses(class_logits, layer, image, query, labels)  # (T,)
+            masks, weights, pixel_weights = (
+                torch.cat([target[name] for target in targets]) if name in targets[0] else None
+                for name in ("masks", "weights", "pixel_weights")
+            )
+            weights = torch.ones_like(labels) if weights is None else weights[objects]
+            loss_ce = self.class_losses(class_logits, layer, image, query, labels, weights)  # (T,)
             T, numbers = len(predictions), [[len(query) for query, _ in images] for images in zip(*pairs)]
             mask_logits = self.matched_masks(predictions, query, numbers)
-            mask_losses = self.mask_losses(mask_logits, masks, objects, earlier, most)  # (2, G)
+            mask_losses = self.mask_losses(mask_logits, masks, objects, earlier, most, pixel_weights)
+            mask_losses = mask_losses * weights  # (2, G)
             loss_mask, loss_dice = mask_losses.new_zeros(2, T).index_add(1, layer, mask_losses) / num_objects
 
         names = [f"_{t}" for t in range(T - 1)] + [""]
@@ -233,31 +239,37 @@ class SetCriterion(nn.Module):
         """The pairs of every prediction and image, with one copy to the CPU, all that is read from a GPU."""
         return self.matcher.match(all_predictions(outputs), targets)
 
-    def class_losses(self, class_logits, layer, image, query, labels):
-        """(T,): cross-entropy over all queries of a prediction, weighted by class."""
+    def class_losses(self, class_logits, layer, image, query, labels, object_weights):
+        """(T,): cross-entropy over all queries of a prediction, weighted by class and object."""
         classes = torch.full(class_logits.shape[:3], self.num_classes, device=class_logits.device)
         classes[layer, image, query] = labels
         weights = self.class_weights[classes]  # (T, B, Q)
+        weights[layer, image, query] *= object_weights
         losses = F.cross_entropy(class_logits.flatten(0, 2), classes.flatten(), reduction="none")
         return (weights * losses.view_as(weights)).sum((1, 2)) / weights.sum((1, 2))
 
-    def mask_losses(self, mask_logits, masks, objects, earlier, most):
+    def mask_losses(self, mask_logits, masks, objects, earlier, most, pixel_weights=None):
         """(2, G): BCE and dice, on points, of mask_logits (G, h, w) with masks[objects].
 
         masks: of all objects of the batch, (N, H, W); objects: (G,) indices; earlier: (G,), each pair's
-        number among those of its object, below `most`."""
+        number among those of its object, below `most`; pixel_weights (N, H, W): of the BCE."""
+
+        def sampled(maps):  # (N, H, W) -> (G, P): each map once at all its points, and few of them as floats
+            chunks = zip(maps.split(16), by_object.flatten(1, 2).split(16))
+            values = torch.cat([sample_points(*chunk) for chunk in chunks])
+            return values.view(by_object.shape[:3])[objects, earlier]
+
         points = self.uncertain_points(mask_logits.detach())
         x = sample_points(mask_logits, points)  # (G, P)
-        # A mask is sampled once at the points of all its pairs, and few masks are floats at a time.
         by_object = points.new_zeros(len(masks), most, *points.shape[1:])
         by_object[objects, earlier] = points
-        chunks = zip(masks.split(16), by_object.flatten(1, 2).split(16))
-        t = torch.cat([sample_points(*chunk) for chunk in chunks]).view(by_object.shape[:3])
-        t = t[objects, earlier]  # (G, P)
-        bce = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1)
+        t = sampled(masks)
+        bce = F.binary_cross_entropy_with_logits(x, t, reduction="none")
+        if pixel_weights is not None:
+            bce = bce * sampled(pixel_weights)
         p = x.sigmoid()
         dice = 1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)
-        return torch.stack([bce, dice])
+        return torch.stack([bce.mean(1), dice])
 
     def uncertain_points(self, mask_logits):
         """(G, h, w) -> (G, P, 2): most points where the logit is closest to zero, the rest anywhere. The

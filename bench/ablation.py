@@ -1,25 +1,26 @@
-"""Does guided distillation work, and what makes it work? Recipes over ratios and seeds, each against the
-same labels: the split, the initial weights and the views of a seed are the same in all of them.
+"""Does guided distillation work, and what makes it work? Recipes over ratios and seeds. The split, the
+initial weights and the views of a seed are the same in all recipes, and all its students have the same
+teacher.
 
-    python bench/ablation.py --quick                              # a small table in a quarter of an hour
-    python bench/ablation.py --data shapes --ratio 0.02 0.05 0.1 --seeds 0 1 2 --jobs 2
-    python bench/ablation.py --data nuclei --ratio 0.05 --seeds 0 --recipes paper labels-only
-    python bench/ablation.py --tables                             # writes ABLATION.md from what has finished
+    python bench/ablation.py --quick                               # a small table in a quarter of an hour
+    python bench/ablation.py --ratio 0.02 0.05 0.1 --seeds 0 1 2   # on shapes
+    python bench/ablation.py --data nuclei --recipes paper labels-only
+    python bench/ablation.py --tables                              # ABLATION.md and its figure, of all runs
 
 Every run that finishes is a line of bench/ablation.jsonl, and is not run again; one that was stopped goes on
-from its last checkpoint. Runs share what they have in common: all students of a seed have the same teacher.
-nuclei needs tiles/ (bench/tiles.py, RESULTS.md) and mobilenetv2_100.safetensors in the current folder."""
+from its last checkpoint. nuclei needs the folder tiles (bench/tiles.py) and mobilenetv2_100.safetensors,
+ImageNet weights of timm's model of that name, in the current folder."""
 
 import argparse
 import json
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "ablation.jsonl", HERE / "ABLATION.md"
 
-# flags, and the steps of teacher burn-in, guided burn-in, distillation
+# flags, and the steps of teacher burn-in, guided burn-in and distillation
 DATA = {
     "shapes": ("--data shapes --eval-every 250", (500, 700, 900)),
     "nuclei": (
@@ -41,120 +42,150 @@ DATA = {
 }
 QUICK = (200, 280, 360)
 
-# Commands of each recipe. {teacher}, {burnt_in}: the checkpoints of phases 1 and 2 of the paper's recipe with
-# the same seed, {own} the folder of the run, {t}, {b}, {d}, {bd} the steps of the phases, and of both guided
-# ones. A word on each stands in the tables.
+# What each recipe is, and its commands. {teacher}, {student} and {distilled} are the checkpoints of the three
+# phases of the paper's recipe with the same seed, {own} is the folder of the run, and {t}, {b}, {d} are the
+# steps of the phases, {whole} those of the guided ones together.
 RECIPES = {
     "paper": ("the paper's recipe", ["distill.py"]),
-    "labels-only": ("labels only, as many steps as all phases", ["distill.py --labels-only"]),
+    "labels-only": ("labels only, for the steps of all phases", ["distill.py --labels-only"]),
     "unguided": (
-        "unguided burn-in: the student's burn-in on labels only, then distillation",
+        "unguided burn-in: the student's on labels only, then distillation",
         [
             "burnin.py --teacher {teacher} --unsupervised-weight 0 --out {own}-start",
             "distill.py --student {own}-start/burnin.pt",
         ],
     ),
     "no-distillation": (
-        "no distillation: guided burn-in for the whole length, the teacher of phase 1 throughout",
-        ["burnin.py --teacher {teacher} --steps {t},{bd},1"],
+        "no distillation: guided burn-in all the way, the first teacher stays",
+        ["burnin.py --teacher {teacher} --steps {t},{whole},1"],
+    ),
+    "labels-only-jitter": (
+        "labels only, with colour jitter of the labelled images",
+        ["distill.py --labels-only --colour"],
     ),
     "from-teacher": (
-        "the student starts from the teacher instead of fresh",
+        "the student starts from the teacher, not fresh",
         ["distill.py --teacher {teacher} --init {teacher}"],
     ),
     "frozen": (
-        "distillation from a frozen copy of the burnt-in student",
-        ["distill.py --student {burnt_in} --ema-decay 1"],
+        "distillation from a copy of the burnt-in student that stays",
+        ["distill.py --student {student} --ema-decay 1"],
     ),
-    "ema-0.99": ("EMA decay 0.99", ["distill.py --student {burnt_in} --ema-decay 0.99"]),
-    "ema-0.9996": ("EMA decay 0.9996", ["distill.py --student {burnt_in} --ema-decay 0.9996"]),
+    "ema-0.99": ("EMA decay 0.99", ["distill.py --student {student} --ema-decay 0.99"]),
+    "ema-0.9996": ("EMA decay 0.9996", ["distill.py --student {student} --ema-decay 0.9996"]),
     "threshold-0.5": ("threshold 0.5", ["distill.py --teacher {teacher} --score-threshold 0.5"]),
     "threshold-0.7": ("threshold 0.7", ["distill.py --teacher {teacher} --score-threshold 0.7"]),
     "weight-1": ("unsupervised weight 1", ["distill.py --teacher {teacher} --unsupervised-weight 1"]),
     "weight-4": ("unsupervised weight 4", ["distill.py --teacher {teacher} --unsupervised-weight 4"]),
     "weak-view": (
-        "strong view off: the student sees the teacher's view",
+        "strong view off: the student sees what the teacher sees",
         ["distill.py --teacher {teacher} --strong-view false"],
     ),
-    "burn-in-shorter": (
+    "shorter": (
         "guided burn-in half as long, distillation longer by as much",
-        ["distill.py --teacher {teacher} --steps {t},{half_b},{more_d}"],
+        ["distill.py --teacher {teacher} --steps {t},{b_half},{d_more}"],
     ),
-    "burn-in-longer": (
-        "guided burn-in longer by half of the distillation",
-        ["distill.py --teacher {teacher} --steps {t},{more_b},{half_d}"],
+    "longer": (
+        "distillation half as long, guided burn-in longer by as much",
+        ["distill.py --teacher {teacher} --steps {t},{b_more},{d_half}"],
+    ),
+    "mask-quality": (
+        "pseudo-labels by class >= 0.85 and mask quality >= 0.9 (PL-DC)",
+        ["distill.py --teacher {teacher} --score-threshold 0.85 --mask-threshold 0.9"],
+    ),
+    "pixel-weights": (
+        "mask BCE weighted by how sure the teacher is of a pixel (PL-DC)",
+        ["distill.py --teacher {teacher} --pixel-weights"],
+    ),
+    "soft-weights": (
+        "threshold 0.5, losses weighted by the score to the power of 4 (PAIS)",
+        ["distill.py --teacher {teacher} --score-threshold 0.5 --score-power 4"],
+    ),
+    "refined": (
+        "after the paper's recipe, labels only at a tenth of the learning rate (CAST)",
+        ["distill.py --labels-only --init {distilled} --lr 1e-4 --steps {refine}"],
     ),
 }
 MAIN = ["paper", "labels-only", "unguided", "no-distillation"]
 
 
-def steps_of(t: int, b: int, d: int) -> dict:
-    """The numbers that stand in RECIPES' commands."""
-    halves = {"half_b": b // 2, "more_d": d + b - b // 2, "half_d": d // 2, "more_b": b + d - d // 2}
-    return {"t": t, "b": b, "d": d, "bd": b + d - 1} | halves
+def command(text: str, data: str, ratio: float, seed: int, steps: tuple, own: Path) -> str:
+    """A recipe's command for a run, with all flags; its own come last, so that they hold."""
+    t, b, d = steps
+    numbers = {"t": t, "b": b, "d": d, "whole": b + d - 1, "refine": max(1, d // 9)}
+    numbers |= {"b_half": b // 2, "d_more": d + b - b // 2, "d_half": d // 2, "b_more": b + d - d // 2}
+    paper = own.parent / "paper"
+    files = {
+        "teacher": paper / "teacher.pt",
+        "student": paper / "burnin.pt",
+        "distilled": paper / "distill.pt",
+    }
+    script, _, more = text.format(own=own, **files, **numbers).partition(" ")
+    more += "" if "--steps" in more else f" --steps {t},{b},{d}"
+    more += "" if "--out" in more else f" --out {own}"
+    return f"{script} {DATA[data][0]} --ratio {ratio:g} --seed {seed} {more.strip()}"
 
 
 class Ablation:
-    """runs: the folder of all runs. steps: of the three phases, in place of DATA's."""
+    """Runs recipes. folder: of all runs. results: the file of their records. steps: of the phases, in place
+    of those in DATA."""
 
-    def __init__(self, runs: Path, results: Path, steps: tuple | None = None):
-        self.runs, self.results, self.steps = runs, results, steps
-        self.recorded = {key(row) for row in read(results)}
-        self.lock, self.one_paper = threading.Lock(), defaultdict(threading.Lock)
+    def __init__(self, folder: Path, results: Path, steps: tuple | None = None):
+        self.folder, self.results, self.steps = folder, results, steps
+        self.recorded = {key(run) for run in read(results)}
+        self.lock, self.papers = threading.Lock(), {}
 
     def run(self, data: str, ratio: float, seed: int, recipe: str) -> None:
-        """A recipe, and first the paper's if it needs that; nothing that has been recorded."""
+        """A recipe that has no record yet, after the paper's if it starts from its checkpoints."""
         if (data, ratio, seed, recipe) in self.recorded:
             return
-        group = self.runs / f"{data}-{ratio:g}-{seed}"
-        paper = group / "paper"
-        if any("{teacher}" in command or "{burnt_in}" in command for command in RECIPES[recipe][1]):
-            with self.one_paper[group]:
-                if not (paper / "distill.pt").exists():
-                    self.execute(data, ratio, seed, "paper", group)
-        if recipe == "paper":
-            with self.one_paper[group]:
-                if not (paper / "distill.pt").exists():
-                    self.execute(data, ratio, seed, "paper", group)
-        else:
-            self.execute(data, ratio, seed, recipe, group)
-
-    def execute(self, data, ratio, seed, recipe, group: Path) -> None:
-        flags, steps = DATA[data]
-        own, steps = group / recipe, self.steps or steps
-        paths = {"teacher": group / "paper/teacher.pt", "burnt_in": group / "paper/burnin.pt", "own": own}
-        commands = [self.command(c, flags, steps, ratio, seed, own, paths) for c in RECIPES[recipe][1]]
-        own.mkdir(parents=True, exist_ok=True)
-        print(f"{time.strftime('%H:%M')} {data} {ratio:g} seed {seed} {recipe}", flush=True)
-        for command in commands:
-            script, *rest = shlex.split(command)
-            with open(own / "log", "a") as log:
-                words = [sys.executable, str(HERE.parent / script), *rest]
-                env = os.environ | {"OMP_NUM_THREADS": "1"}
-                subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=env, check=True)
-        row = {"data": data, "ratio": ratio, "seed": seed, "recipe": recipe, "steps": list(steps)}
-        row |= {"commands": commands, "machine": machine(), "date": time.strftime("%Y-%m-%d")}
-        row |= {"hours": hours(own), "curve": curve(own)}
+        group = self.folder / f"{data}-{ratio:g}-{seed}"
         with self.lock:
-            if key(row) not in self.recorded:
-                self.recorded.add(key(row))
+            one_at_a_time = self.papers.setdefault(group, threading.Lock())
+        if recipe == "paper" or any("{teacher}" in c or "{student}" in c for c in RECIPES[recipe][1]):
+            with one_at_a_time:
+                if not (group / "paper/distill.pt").exists():
+                    self.execute(data, ratio, seed, "paper", group / "paper")
+        if recipe != "paper":
+            self.execute(data, ratio, seed, recipe, group / recipe)
+
+    def execute(self, data: str, ratio: float, seed: int, recipe: str, own: Path) -> None:
+        steps = self.steps or DATA[data][1]
+        commands = [command(text, data, ratio, seed, steps, own) for text in RECIPES[recipe][1]]
+        own.mkdir(parents=True, exist_ok=True)
+        print(f"{time.strftime('%H:%M')} {data} {ratio:g} seed {seed} {recipe} ...", flush=True)
+        with open(own / "log", "a") as log:
+            for line in commands:
+                script, *flags = shlex.split(line)
+                words = [sys.executable, str(HERE.parent / script), *flags]
+                environment = os.environ | {"OMP_NUM_THREADS": "1"}
+                subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=environment, check=True)
+        run = {"data": data, "ratio": ratio, "seed": seed, "recipe": recipe}
+        run |= {"steps": steps, "commands": commands, "hours": round(hours(own), 3)}
+        run |= {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "curve": curve(own)}
+        with self.lock:
+            if key(run) not in self.recorded:
+                self.recorded.add(key(run))
                 with open(self.results, "a") as file:
-                    file.write(json.dumps(row) + "\n")
-
-    def command(self, text, flags, steps, ratio, seed, own, paths) -> str:
-        """With all its flags; those of the recipe come last, so that they hold."""
-        script, _, more = text.format(**paths, **steps_of(*steps)).partition(" ")
-        length = "" if "--steps" in more else f"--steps {','.join(map(str, steps))}"
-        out = "" if "--out" in more else f"--out {own}"
-        return f"{script} {flags} --ratio {ratio:g} --seed {seed} {length} {more} {out}".strip()
+                    file.write(json.dumps(run) + "\n")
+        print(
+            f"{time.strftime('%H:%M')} {data} {ratio:g} seed {seed} {recipe}: {results_of(run)}", flush=True
+        )
 
 
-def key(row: dict) -> tuple:
-    return row["data"], row["ratio"], row["seed"], row["recipe"]
+def key(run: dict) -> tuple:
+    return run["data"], run["ratio"], run["seed"], run["recipe"]
 
 
 def read(file: Path) -> list[dict]:
-    return [json.loads(line) for line in open(file)] if file.exists() else []
+    """The lines of a file of JSON; those of a process that was killed while it wrote are left out."""
+    lines = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
 
 
 def machine() -> str:
@@ -164,42 +195,175 @@ def machine() -> str:
     return f"one thread of {name}, torch {torch.__version__}"
 
 
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in open(folder / "metrics.jsonl")]
-
-
-def folders(own: Path) -> list[Path]:
-    return [f for f in (own.with_name(own.name + "-start"), own) if (f / "metrics.jsonl").exists()]
+def metrics(own: Path) -> list[dict]:
+    """What the commands of a run have logged, in their order."""
+    folders = own.with_name(own.name + "-start"), own
+    return [line | {"folder": folder.name} for folder in folders for line in read(folder / "metrics.jsonl")]
 
 
 def curve(own: Path) -> list[dict]:
     """The evaluations of a run in their order: AP, that of the EMA teacher where it was taken, and the health
-    of the pseudo-labels."""
+    of the pseudo-labels, in guided burn-in also of those that the student would give."""
     points = {}
-    for folder in folders(own):
-        for line in metrics(folder):
-            if "ap" in line:
-                point = {"phase": line["phase"], "step": line["step"], "ap": line["ap"]["AP"]}
-                point |= {"teacher_ap": line["teacher_ap"]["AP"]} if "teacher_ap" in line else {}
-                names = ("kept", "precision", "recall", "mask_iou")
-                point |= {name: line["pseudo"][name] for name in names if name in line["pseudo"]}
-                rounded = {k: round(v, 2) if isinstance(v, float) else v for k, v in point.items()}
-                points[folder, line["phase"], line["step"]] = rounded
+    for line in metrics(own):
+        if "ap" in line:
+            point = {"phase": line["phase"], "step": line["step"], "ap": line["ap"]["AP"]}
+            point |= {"teacher_ap": line["teacher_ap"]["AP"]} if "teacher_ap" in line else {}
+            for prefix in ("", "student_"):
+                health = line.get(prefix + "pseudo", {})
+                names = health.keys() & {"kept", "precision", "recall", "mask_iou"}
+                point |= {prefix + name: health[name] for name in sorted(names)}
+            point = {name: round(v, 2) if isinstance(v, float) else v for name, v in point.items()}
+            points[line["folder"], line["phase"], line["step"]] = point
     return list(points.values())
 
 
-def hours(own: Path) -> float:
-    """Of training, from images per second; without evaluations."""
-    seconds = 0.0
-    for folder in folders(own):
-        before = {}
-        for line in metrics(folder):
-            if "images_per_second" in line:
-                phase, step = line["phase"], line["step"]
-                images = 8 if "guided_loss" not in line else 16
-                seconds += images * (step - before.get(phase, 0)) / line["images_per_second"]
-                before[phase] = step
-    return round(seconds / 3600, 3)
+def hours(own: Path, batch: int = 8) -> float:
+    """Of training, without evaluations, from the images per second that were logged. batch: of the presets
+    used here."""
+    seconds, before = 0.0, {}
+    for line in metrics(own):
+        if "images_per_second" in line:
+            phase, step = (line["folder"], line["phase"]), line["step"]
+            images = batch * (2 if "guided_loss" in line else 1)
+            seconds += images * max(0, step - before.get(phase, 0)) / line["images_per_second"]
+            before[phase] = max(step, before.get(phase, 0))
+    return seconds / 3600
+
+
+# -------------------------------------------------------------------------------------------------- tables
+
+
+def results_of(run: dict) -> dict:
+    """{row of the table: AP at the end}."""
+    last = {point["phase"]: point for point in run["curve"]}
+    aps = {phase: point["ap"] for phase, point in last.items()}
+    if run["recipe"] == "paper":
+        rows = {"teacher": aps["teacher"], "burnt-in": aps["burnin"], "paper": aps["distill"]}
+        return rows | {"paper, EMA teacher": last["distill"]["teacher_ap"]}
+    if "distill" in aps:
+        ema = {run["recipe"] + ", EMA teacher": last["distill"]["teacher_ap"]}
+        return {run["recipe"]: aps["distill"], **ema}
+    return {run["recipe"]: run["curve"][-1]["ap"]}
+
+
+def gather(runs: list[dict]) -> dict:
+    """{(data, ratio): {row: {seed: AP}}}"""
+    table = {}
+    for run in runs:
+        for row, ap in results_of(run).items():
+            rows = table.setdefault((run["data"], run["ratio"]), {})
+            rows.setdefault(row, {})[run["seed"]] = ap
+    return table
+
+
+def spread(values: list[float]) -> str:
+    """Mean, standard deviation, and how many."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation} ({len(values)})"
+
+
+def difference(ours: dict, theirs: dict) -> str:
+    """Mean and standard error of the difference, seed by seed."""
+    pairs = [ours[seed] - theirs[seed] for seed in ours.keys() & theirs.keys()]
+    if not pairs:
+        return ""
+    error = f" ± {statistics.stdev(pairs) / len(pairs) ** 0.5:.1f}" if len(pairs) > 1 else ""
+    return f"{statistics.mean(pairs):+.1f}{error}"
+
+
+LABELS = {"teacher": "labels only, for the teacher's steps", "burnt-in": "the paper's burnt-in student"}
+LABELS |= {name: text for name, (text, _) in RECIPES.items()} | {"paper": "the paper's distilled student"}
+
+
+def label(row: str) -> str:
+    name, _, ema = row.partition(", ")
+    return "— its EMA teacher" if ema else LABELS[name]
+
+
+def table(rows: dict) -> list[str]:
+    """Of one data set and ratio, in the order of RECIPES."""
+    names = ["teacher", "burnt-in", *RECIPES]
+    order = sorted(rows, key=lambda row: (names.index(row.partition(", ")[0]), "," in row))
+    lines = ["| | AP: mean ± standard deviation (seeds) | to labels only | to the paper's recipe |"]
+    lines.append("|---|---|---|---|")
+    for row in order:
+        others = [
+            difference(rows[row], rows[other]) if other in rows and other != row else ""
+            for other in ("labels-only", "paper")
+        ]
+        lines.append(f"| {label(row)} | {spread(list(rows[row].values()))} | {others[0]} | {others[1]} |")
+    return lines
+
+
+PHASES = {"teacher": 0, "labels_only": 0, "burnin": 1, "distill": 2}
+CURVES = {"paper": "C0", "unguided": "C1", "no-distillation": "C2", "labels-only": "C3"}
+
+
+def at_step(run: dict, name: str) -> dict:
+    """{step, counted from the beginning of phase 1: the value of this name}, of the phases that have it."""
+    t, b, d = run["steps"]
+    firsts = (0, t, t + b)
+    points = [(firsts[PHASES[point["phase"]]] + point["step"], point) for point in run["curve"]]
+    return {step: point[name] for step, point in points if name in point}
+
+
+def draw(axis, runs: list[dict], name: str, **how) -> None:
+    """The mean over seeds, and a band of one standard deviation."""
+    curves = [at_step(run, name) for run in runs]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    values = [[curve[step] for curve in curves] for step in steps]
+    means = [statistics.mean(row) for row in values]
+    spreads = [statistics.stdev(row) if len(row) > 1 else 0.0 for row in values]
+    axis.plot(steps, means, **how)
+    lower, upper = zip(*[(m - s, m + s) for m, s in zip(means, spreads)]) if steps else ((), ())
+    axis.fill_between(steps, lower, upper, color=how["color"], alpha=0.15, linewidth=0)
+
+
+def figure(runs: list[dict], file: Path) -> None:
+    """AP over all phases, and how good the pseudo-labels are that a student in burn-in would give, guided and
+    unguided. runs: of one data set and ratio."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    of = {recipe: [run for run in runs if run["recipe"] == recipe] for recipe in RECIPES}
+    t, b, d = of["paper"][0]["steps"]
+    left, *others = pyplot.subplots(1, 4, figsize=(14, 3.6), layout="constrained")[1]
+    for recipe, colour in CURVES.items():
+        draw(left, of[recipe], "ap", color=colour, label=recipe)
+    left.set(title="mask AP", xlabel="step")
+    for border in (t, t + b):
+        left.axvline(border, color="grey", linewidth=0.8, linestyle=":")
+    left.legend(fontsize=8)
+    for axis, name in zip(others, ("precision", "recall", "mask_iou")):
+        draw(axis, of["paper"], "student_" + name, color="C0", label="student, guided burn-in")
+        draw(axis, of["unguided"], "student_" + name, color="C1", label="student, unguided burn-in")
+        teacher = statistics.mean(at_step(run, name)[t] for run in of["paper"])
+        axis.axhline(teacher, color="C3", linestyle="--", label="teacher")
+        axis.set(title=f"pseudo-labels: {name.replace('_', ' ')}", xlabel="step")
+    others[0].legend(fontsize=8)
+    pyplot.savefig(file, dpi=110)
+    pyplot.close()
+
+
+def write_page(runs: list[dict]) -> None:
+    """ABLATION.md and its figures."""
+    parts = []
+    for (data, ratio), rows in sorted(gather(runs).items()):
+        here = [run for run in runs if (run["data"], run["ratio"]) == (data, ratio)]
+        machines, dates = sorted({run["machine"] for run in here}), sorted({run["date"] for run in here})
+        parts += [f"## {data}, {100 * ratio:g} % of the labels", "", *table(rows), ""]
+        parts += [
+            f"{len(here)} runs, {sum(run['hours'] for run in here):.1f} hours of training on {machines[0]}"
+        ]
+        parts += [f"{' to '.join(sorted({dates[0], dates[-1]}))}.", ""]
+        if {"paper", "unguided"} <= {run["recipe"] for run in here}:
+            name = f"ablation-{data}-{100 * ratio:g}.png"
+            figure(here, HERE / name)
+            parts += [f"![AP and pseudo-labels over the steps]({name})", ""]
+    PAGE.write_text("\n".join(parts))
 
 
 def main():
@@ -211,9 +375,16 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="their folder")
+    parser.add_argument("--quick", action="store_true", help=f"{', '.join(MAIN)}, {QUICK} steps, 2 seeds")
+    parser.add_argument("--tables", action="store_true")
     flags = parser.parse_args()
+    if flags.tables:
+        return write_page(read(RESULTS))
     ablation = Ablation(flags.runs, RESULTS)
+    if flags.quick:
+        flags.recipes, flags.seeds, flags.runs = MAIN, [0, 1], Path("runs/ablation-quick")
+        ablation = Ablation(flags.runs, flags.runs / "results.jsonl", QUICK)
     with ThreadPoolExecutor(flags.jobs) as pool:
         jobs = [
             pool.submit(ablation.run, flags.data, ratio, seed, recipe)
@@ -223,6 +394,9 @@ def main():
         ]
         for job in jobs:
             job.result()
+    if flags.quick:
+        for (data, ratio), rows in gather(read(ablation.results)).items():
+            print(f"\n{data}, {100 * ratio:g} % of the labels\n", *table(rows), sep="\n")
 
 
 if __name__ == "__main__":

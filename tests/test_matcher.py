@@ -68,10 +68,12 @@ def softmax(logits):
     return [e / sum(exponentials) for e in exponentials]
 
 
-def mask_terms(logits, mask):
-    """Mean binary cross-entropy and dice of two lists of values at the same points."""
-    pairs = [(sigmoid(x), t) for x, t in zip(logits, mask)]
-    bce = -sum(t * math.log(p) + (1 - t) * math.log(1 - p) for p, t in pairs) / len(pairs)
+def mask_terms(logits, mask, sure=None):
+    """Mean binary cross-entropy, weighted by how sure one is of each, and dice of two lists of values at the
+    same points."""
+    pairs, sure = [(sigmoid(x), t) for x, t in zip(logits, mask)], sure or [1.0] * len(mask)
+    terms = [t * math.log(p) + (1 - t) * math.log(1 - p) for p, t in pairs]
+    bce = -sum(s * term for s, term in zip(sure, terms)) / len(pairs)
     dice = 1 - (2 * sum(p * t for p, t in pairs) + 1) / (sum(p for p, _ in pairs) + sum(mask) + 1)
     return bce, dice
 
@@ -117,8 +119,10 @@ def losses_by_loops(outputs, targets, drawn, bilinear, criterion, num_objects):
             costs = costs_by_formulas(logits, masks, target, matching_points[b], bilinear)
             pairs = cheapest_assignment(costs)
             classes = {q: int(target["labels"][n]) for q, n in pairs}
+            object_weights = target.get("weights", torch.ones(len(target["labels"]))).tolist()
             for q in range(len(logits)):
-                weight = 1.0 if q in classes else 0.1
+                objects = {q: n for q, n in pairs}
+                weight = object_weights[objects[q]] if q in classes else 0.1
                 total[0, t] -= weight * math.log(softmax(logits[q].double().tolist())[classes.get(q, K)])
                 weights[t] += weight
             for q, n in pairs:
@@ -127,7 +131,9 @@ def losses_by_loops(outputs, targets, drawn, bilinear, criterion, num_objects):
                 least_certain = candidates[np.argsort(certainty)[:count].tolist()]
                 points = torch.cat([least_certain, anywhere[pair_number]])
                 truth = sample(target["masks"][n].float(), points, bilinear)
-                total[1:, t] += mask_terms(sample(masks[q], points, bilinear), truth)
+                sure = "pixel_weights" in target and sample(target["pixel_weights"][n], points, bilinear)
+                terms = mask_terms(sample(masks[q], points, bilinear), truth, sure)
+                total[1:, t] += object_weights[n] * np.array(terms)
                 pair_number += 1
     losses = {}
     for t in range(len(predictions)):
@@ -209,6 +215,36 @@ def test_losses_equal_plain_loops_at_the_same_points(drawn, bilinear, counts):
     for name, value in losses.items():
         assert value.ndim == 0
         assert value.item() == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("names", [["weights"], ["pixel_weights"], ["weights", "pixel_weights"]])
+def test_weights_of_objects_and_of_their_pixels_enter_as_in_plain_loops(drawn, bilinear, names):
+    torch.manual_seed(0)
+    outputs, targets = random_outputs(), random_targets([2, 3])
+    for target in targets:
+        shapes = {"weights": target["labels"].shape, "pixel_weights": target["masks"].shape}
+        target |= {name: torch.randn(shapes[name]).sigmoid() for name in names}
+    criterion = SetCriterion(K, num_points=P)
+    losses = criterion(outputs, targets)
+    expected = losses_by_loops(outputs, targets, drawn, bilinear, criterion, 5)
+    for name, value in losses.items():
+        assert value.item() == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+
+
+def test_an_object_of_weight_0_is_as_if_its_query_learned_nothing():
+    """Neither class nor mask; and it is no reason to call the query "no object"."""
+    torch.manual_seed(0)
+    outputs, targets = random_outputs(images=1, layers=0), random_targets([1])
+    outputs = {
+        name: value.detach().requires_grad_() for name, value in outputs.items() if name != "aux_outputs"
+    }
+    criterion = SetCriterion(K, num_points=P)
+    pairs = criterion.match(outputs, targets)
+    [[(query, _)]] = pairs
+    targets[0]["weights"] = torch.zeros(1)
+    sum(criterion(outputs, targets, pairs=pairs).values()).backward()
+    assert not outputs["pred_masks"].grad.any() and not outputs["pred_logits"].grad[0, query].any()
+    assert outputs["pred_logits"].grad.any(), "the other queries learn that they have no object"
 
 
 def test_costs_of_some_points_after_others_are_those_of_all_at_once(monkeypatch):

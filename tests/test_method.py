@@ -86,6 +86,27 @@ def test_masks_are_larger_than_min_area(min_area):
     assert found["masks"].sum((1, 2)).tolist() == [area for area in areas if area > min_area]
 
 
+def test_a_mask_that_is_not_sure_enough_of_its_inside_is_left_out():
+    """The mean mask probability inside: 0.9 and 0.6; what lies outside does not count."""
+    inside = torch.tensor([0.9, 0.6]).logit()
+    masks = torch.where(mask_of(6) > 0, inside[:, None, None], -9.0)
+    outputs = {"pred_logits": torch.tensor([9.0, 0, 0, 0]).expand(1, 2, -1), "pred_masks": masks[None]}
+    for threshold, kept in ((0.0, 2), (0.59, 2), (0.61, 1), (0.89, 1), (0.91, 0)):
+        [found] = pseudo_labels(outputs, mask_threshold=threshold)
+        assert len(found["labels"]) == kept, threshold
+
+
+def test_pseudo_labels_may_say_how_sure_the_teacher_is_of_object_and_pixel():
+    probabilities = torch.linspace(0.05, 0.95, 48).view(1, 1, 6, 8)
+    outputs = {"pred_logits": logits_of((0.8, 0.1, 0.05, 0.05))[None], "pred_masks": probabilities.logit()}
+    [found] = pseudo_labels(outputs, pixel_weights=True, score_power=3)
+    assert found["weights"].tolist() == pytest.approx([0.8**3], rel=1e-4)
+    uncertainty = 1 - 2 * (probabilities[0] - 0.5).abs()
+    torch.testing.assert_close(found["pixel_weights"], 1 - uncertainty)
+    [found] = pseudo_labels(outputs)
+    assert not {"weights", "pixel_weights"} & found.keys(), "not in the paper"
+
+
 def test_no_gradient_flows_through_pseudo_labels():
     outputs = {
         "pred_logits": (9 * torch.eye(4)[None]).requires_grad_(),
@@ -139,6 +160,9 @@ def batches(B=2, H=64, W=96, seed=0):
     return labelled, [{"image": image(), "strong": image()} for _ in range(B)]
 
 
+NOT_IN_THE_PAPER = {"mask_threshold": 0.0, "pixel_weights": False, "score_power": 0.0}
+
+
 @pytest.fixture
 def step(make_model):
     """A guided step of a student and a teacher who finds something, with all that it used and returned."""
@@ -147,7 +171,7 @@ def step(make_model):
     with torch.no_grad():
         teacher.model.decoder.class_head.bias[-1] -= 10  # hardly ever "no object"
     labelled, unlabelled = batches()
-    cfg = SimpleNamespace(score_threshold=0.34, min_area=5)
+    cfg = SimpleNamespace(score_threshold=0.34, min_area=5, **NOT_IN_THE_PAPER)
     criterion = SetCriterion(K, num_points=32)
     losses, guided_losses, targets = guided_step(student, teacher, criterion, labelled, unlabelled, cfg, CPU)
     return SimpleNamespace(
@@ -300,7 +324,7 @@ def test_what_reads_from_a_gpu_is_counted():
 
 
 def test_a_teacher_that_is_sure_of_nothing_guides_to_no_mask(step):
-    cfg = SimpleNamespace(score_threshold=1.0, min_area=5)
+    cfg = SimpleNamespace(score_threshold=1.0, min_area=5, **NOT_IN_THE_PAPER)
     _, guided_losses, targets = guided_step(
         step.student, step.teacher, step.criterion, step.labelled, step.unlabelled, cfg, CPU
     )

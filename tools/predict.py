@@ -46,7 +46,9 @@ def main(checkpoint: dict, flags, sizes: dict, device) -> None:
     files = list_images(flags.images)
     if flags.pseudo:
         cfg = checkpoint.get("config", {})
-        settings = {name: cfg[name] for name in ("score_threshold", "min_area") if name in cfg}
+        settings = {
+            name: cfg[name] for name in ("score_threshold", "min_area", "mask_threshold") if name in cfg
+        }
         write_pseudo_labels(model, files, categories, Path(flags.pseudo), device, sizes, settings)
     else:
         write_predictions(model, files, categories, Path(flags.out), device, sizes, flags.threshold)

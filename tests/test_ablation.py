@@ -1,0 +1,123 @@
+"""bench/ablation.py: its recipes are commands that run, and its tables are what they found."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from commands import ROOT, run
+from test_training import TINY
+
+import burnin
+import distill
+import engine
+from shapes import write_shapes
+
+
+@pytest.fixture
+def ablation(tmp_path, monkeypatch):
+    """The script as a module, on a tiny data set; its commands run in this process."""
+    spec = importlib.util.spec_from_file_location("ablation", ROOT / "bench/ablation.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    write_shapes(tmp_path / "tiny", num_train=12, num_val=4, size=64)
+    flags = f"--data {tmp_path / 'tiny'} " + " ".join(f"'{flag}'" for flag in TINY)
+    monkeypatch.setattr(module, "DATA", {"shapes": (flags, (1, 2, 1))})
+    module.commands = []
+
+    def command(words, stdout, **_):
+        module.commands.append(Path(words[1]).name)
+        stdout.write(run(*words[1:]).stdout)
+
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=command, STDOUT=None))
+    return module
+
+
+def test_a_recipe_runs_once_and_the_papers_before_what_starts_from_it(ablation, tmp_path):
+    results = tmp_path / "results.jsonl"
+    for _ in range(2):
+        runs = ablation.Ablation(tmp_path / "runs", results)
+        for recipe in ("unguided", "paper", "refined", "no-distillation"):
+            runs.run("shapes", 0.5, 3, recipe)
+    scripts = ["distill.py", "burnin.py", "distill.py", "distill.py", "burnin.py"]
+    assert ablation.commands == scripts, "unguided after paper, then the others, and nothing twice"
+    records = {record["recipe"]: record for record in ablation.read(results)}
+    assert list(records) == ["paper", "unguided", "refined", "no-distillation"]
+    phases = {name: [point["phase"] for point in record["curve"]] for name, record in records.items()}
+    assert phases["paper"] == ["teacher", "burnin", "distill"]
+    assert phases["unguided"] == ["burnin", "distill"]
+    assert phases["refined"] == ["labels_only"] and phases["no-distillation"] == ["burnin"]
+    assert [point["step"] for point in records["no-distillation"]["curve"]] == [2]
+    last = engine.load_checkpoint(tmp_path / "runs/shapes-0.5-3/paper/distill.pt")
+    expected = last["ap"]["AP"], last["teacher_ap"]["AP"]
+    found = ablation.results_of(records["paper"])
+    assert (found["paper"], found["paper, EMA teacher"]) == pytest.approx(expected, abs=0.01)
+    student = records["unguided"]["curve"][0]
+    assert {"student_precision", "student_recall", "precision"} <= student.keys()
+    start = engine.load_checkpoint(tmp_path / "runs/shapes-0.5-3/unguided-start/burnin.pt")
+    assert start["config"]["unsupervised_weight"] == 0
+
+
+def test_a_line_that_was_cut_short_is_not_a_record(ablation, tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"a": 1}\n{"b": ')
+    assert ablation.read(tmp_path / "results.jsonl") == [{"a": 1}]
+
+
+@pytest.mark.parametrize("data", ["shapes", "nuclei"])
+def test_every_recipe_is_a_command_with_the_flags_of_its_data(data):
+    sys.path.insert(0, str(ROOT / "bench"))
+    import ablation
+
+    for recipe, (_, texts) in ablation.RECIPES.items():
+        for text in texts:
+            line = ablation.command(text, data, 0.05, 7, (10, 20, 30), Path("runs/x") / recipe)
+            script, *flags = ablation.shlex.split(line)
+            program = {"distill.py": distill, "burnin.py": burnin}[script]
+            cfg = burnin.parse(program.Config, program.PRESETS, flags)
+            assert (cfg.seed, cfg.ratio) == (7, 0.05), line
+            if recipe in ("refined", "no-distillation", "shorter", "longer"):
+                steps = {"refined": (3,) * 3, "no-distillation": (10, 49, 1)}
+                steps |= {"shorter": (10, 10, 40), "longer": (10, 35, 15)}
+                assert cfg.steps == steps[recipe]
+            else:
+                assert cfg.steps == (10, 20, 30)
+
+
+def test_tables_have_means_deviations_and_paired_differences(ablation):
+    def curve(*aps):
+        return [{"phase": "labels_only", "step": 9, "ap": ap} for ap in aps]
+
+    shared = {"data": "shapes", "ratio": 0.1, "recipe": "labels-only"}
+    runs = [shared | {"seed": seed, "curve": curve(1.0, ap)} for seed, ap in ((0, 10.0), (1, 12.0))]
+    for seed, ap in ((0, 13.0), (1, 14.0), (2, 99.0)):
+        ends = {"teacher": 5.0, "burnin": ap - 1, "distill": ap}
+        points = [{"phase": phase, "step": 9, "ap": value} for phase, value in ends.items()]
+        points[-1]["teacher_ap"] = ap + 1
+        runs.append(shared | {"seed": seed, "recipe": "paper", "curve": points})
+    rows = ablation.gather(runs)["shapes", 0.1]
+    assert rows["labels-only"] == {0: 10.0, 1: 12.0} and rows["burnt-in"][1] == 13.0
+    lines = ablation.table(rows)
+    ours = next(line for line in lines if "distilled student" in line).split("|")
+    # Differences of 3 and 2 over the two seeds that both have; standard error sqrt(0.5 / 2).
+    assert ours[3].strip() == "+2.5 ± 0.5" and ours[2].strip() == "42.0 ± 49.4 (3)"
+    assert next(line for line in lines if "EMA teacher" in line).split("|")[4].strip() == "+1.0 ± 0.0"
+
+
+def test_the_page_and_its_figure_are_made_of_the_records(ablation, tmp_path, monkeypatch):
+    records = []
+    for recipe in ("paper", "unguided", "labels-only"):
+        phases = ["labels_only"] if recipe == "labels-only" else ["burnin", "distill"]
+        points = [{"phase": p, "step": 5, "ap": 10.0, "teacher_ap": 11.0, "precision": 1.0} for p in phases]
+        health = {"recall": 2.0, "mask_iou": 3.0, "student_precision": 4.0}
+        points = [p | health | {"student_recall": 1.0, "student_mask_iou": 1.0} for p in points]
+        points = [points[0] | {"phase": "teacher", "step": 10}] * (recipe == "paper") + points
+        record = {"data": "shapes", "ratio": 0.02, "seed": 0, "recipe": recipe, "curve": points}
+        records.append(record | {"steps": [10, 20, 30], "hours": 1, "machine": "M", "date": "2026-01-01"})
+    monkeypatch.setattr(ablation, "HERE", tmp_path)
+    monkeypatch.setattr(ablation, "PAGE", tmp_path / "ABLATION.md")
+    ablation.write_page(json.loads(json.dumps(records)))
+    page = (tmp_path / "ABLATION.md").read_text()
+    assert "3 runs, 3.0 hours of training on M" in page and "| unguided burn-in" in page
+    assert (tmp_path / "ablation-shapes-2.png").stat().st_size > 10_000
