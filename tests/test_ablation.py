@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from commands import ROOT, run
-from test_training import TINY
+from faults import TINY
 
 import burnin
 import distill

@@ -292,7 +292,7 @@ class Oracle(nn.Module):
         logits[..., K] = 20
         for b, image in enumerate(images):
             item = self.truth[image.numpy().tobytes()]
-            small = nn.functional.avg_pool2d(item["masks"].float(), 4) > 0.5
+            small = nn.functional.avg_pool2d(item["masks"][:, None].float(), 4)[:, 0] > 0.5
             for q in range(self.miss, len(small)):
                 logits[b, q, K], logits[b, q, item["labels"][q]] = 0, 20
                 masks[b, q][small[q]] = 9.0
@@ -314,6 +314,20 @@ def test_health_measures_on_hidden_labels(shapes, tmp_path):
     lines = burnin.health_lines(result)
     assert "precision 100.0, recall" in lines[0] and "mask IoU 100.0" in lines[0] and "circle" in lines[1]
     assert burnin.health_lines(result | {"kept": 0}) == ["  no pseudo-labels on 6 images"]
+
+
+def test_health_takes_images_without_objects(shapes, tmp_path):
+    shutil.copytree(shapes, tmp_path / "data")
+    file = tmp_path / "data/instances_train.json"
+    content = json.loads(file.read_text())
+    flags = f"--data {tmp_path / 'data'} --preset shapes {SMALL} --min-area 0 --out {tmp_path / 'out'}"
+    setting = burnin.Setting(parse(*flags.split(), script=burnin))
+    empty, *others = sorted(set(setting.train.image_ids) - set(setting.labelled))
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != empty]
+    file.write_text(json.dumps(content))
+    setting = burnin.Setting(setting.cfg)
+    result = burnin.health(Oracle(setting, [empty, *others]), setting)
+    assert result["images"] == 6 and result["precision"] == pytest.approx(100)
 
 
 def test_health_does_without_images_that_are_damaged(shapes, tmp_path):
