@@ -8,8 +8,10 @@ teacher.
     python bench/ablation.py --tables                              # ABLATION.md and its figure, of all runs
 
 Every run that finishes is a line of bench/ablation.jsonl, and is not run again; one that was stopped goes on
-from its last checkpoint. nuclei needs the folder tiles (bench/tiles.py) and mobilenetv2_100.safetensors,
-ImageNet weights of timm's model of that name, in the current folder."""
+from its last checkpoint. nuclei needs in the current folder mobilenetv2_100.safetensors, ImageNet weights of
+timm's model of that name, and tiles/, made of real images (RESULTS.md):
+
+    python bench/tiles.py nuclei tiles --size 96 --ratio 0.05 0.1 --seeds 0 1 2"""
 
 import argparse
 import json
@@ -33,11 +35,11 @@ RESULTS, PAGE = HERE / "ablation.jsonl", HERE / "ABLATION.md"
 DATA = {
     "shapes": ("--data shapes --eval-every 250", (500, 700, 900)),
     "nuclei": (
-        "--data tiles --preset shapes --backbone mobilenetv2_100 --norm frozen --backbone-lr-factor 0.5 "
-        '--backbone-weights mobilenetv2_100.safetensors --backbone-args \'{"pad_type": "same"}\' '
-        "--pixel-mean 127.5,127.5,127.5 --pixel-std 127.5,127.5,127.5 "
-        "--crop 128,128 --num-queries 30 --num-points 512 --score-threshold 0.95 --eval-every 500",
-        (1000, 1500, 1500),
+        "--data tiles --split tiles/splits/RATIO-SEED.txt --preset shapes --crop 96,96 --num-queries 30 "
+        "--num-points 512 --score-threshold 0.95 --eval-every 500 --backbone mobilenetv2_100 --backbone-args "
+        '\'{"pad_type": "same"}\' --backbone-weights mobilenetv2_100.safetensors --norm frozen '
+        "--pixel-mean 127.5,127.5,127.5 --pixel-std 127.5,127.5,127.5 --backbone-lr-factor 0.5",
+        (700, 1000, 1000),
     ),
 }
 QUICK = (200, 280, 360)
@@ -123,7 +125,8 @@ def command(text: str, data: str, ratio: float, seed: int, steps: tuple, own: Pa
     script, _, more = text.format(own=own, **files, **numbers).partition(" ")
     more += "" if "--steps" in more else f" --steps {t},{b},{d}"
     more += "" if "--out" in more else f" --out {own}"
-    return f"{script} {DATA[data][0]} --ratio {ratio:g} --seed {seed} {more.strip()}"
+    flags = DATA[data][0].replace("RATIO", f"{ratio:g}").replace("SEED", str(seed))
+    return f"{script} {flags} --ratio {ratio:g} --seed {seed} {more.strip()}"
 
 
 class Ablation:
