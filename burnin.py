@@ -164,7 +164,9 @@ class Config:
     repeat_threshold: float = knob(
         10.0, "repeat-factor sampling of labelled images (data.repeat_factors), for rare classes; 0: uniform"
     )
-    teacher: str = knob("", "checkpoint of a teacher of one's own; phase 1 is skipped")
+    teacher: str = knob(
+        "", "checkpoint of a teacher of one's own, whose student it is if it has two; phase 1 is skipped"
+    )
 
     seed: int = knob(
         0, "of the labelled split, the initial weights, the views and the points", group="the run"
@@ -374,7 +376,7 @@ def to_device(batch: list[dict], device) -> list[dict]:
 
 # --------------------------------------------------------------------------------------------- what it needs
 
-GUIDED = 2.5  # the time of a step in phases 2 and 3, in steps of phase 1: about, to tell how much is left
+GUIDED = 2.5  # about so many times a step of phase 1 takes one of phases 2 and 3; for the time left alone
 
 
 class Setting:
@@ -735,8 +737,8 @@ def log_guided(run, losses, guided_losses, pseudo) -> None:
         highest_score=torch.stack([p["highest"] for p in pseudo]).max(),
         images=2 * len(pseudo),
     )
-    number = run.means.get("pseudo_labels", 1)
-    if number == 0 or number > run.teacher.decoder.query_features.num_embeddings / 2:
+    number = run.means.get("pseudo_labels")  # of the last line, if there is one
+    if number == 0 or number and number > run.teacher.decoder.query_features.num_embeddings / 2:
         warn_of_guidance(run, number)
 
 

@@ -357,8 +357,8 @@ def rle_runs(counts: str) -> np.ndarray:
     number of 6 bits, of which 5 belong to the run, lowest first, and the sixth says that more follow; from
     the fourth run on it is the difference to the last but one. Raises DataError for characters that are
     none."""
-    digits = np.frombuffer(counts.encode("latin1", "replace"), dtype=np.uint8).astype(np.int64) - 48
-    if not len(digits) or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+    digits = np.frombuffer(counts.encode("ascii", "ignore"), dtype=np.uint8).astype(np.int64) - 48
+    if not counts.isascii() or not len(digits) or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
         raise DataError("the counts of its RLE are damaged")
     ends = np.flatnonzero(digits & 32 == 0) + 1
     starts = np.concatenate([[0], ends[:-1]])

@@ -98,11 +98,12 @@ def load_student(cfg: Config, setting: Setting) -> dict:
 def summary(cfg: Config, setting: Setting) -> None:
     """The table of all phases, a picture of teacher and student on the same images, and the report."""
     out, device = Path(cfg.out), setting.device
-    phases = {} if cfg.student else {"teacher": burnin.load_teacher(cfg, setting)}
-    if (out / "labels_only.pt").exists():
-        phases["labels only"] = engine.load_checkpoint(out / "labels_only.pt")
-    phases["burnt-in"] = load_student(cfg, setting)
-    last = engine.load_checkpoint(out / "distill.pt")
+    with engine.user_errors():  # an earlier phase's file may be gone
+        phases = {} if cfg.student else {"teacher": burnin.load_teacher(cfg, setting)}
+        if (out / "labels_only.pt").exists():
+            phases["labels only"] = engine.load_checkpoint(out / "labels_only.pt")
+        phases["burnt-in"] = load_student(cfg, setting)
+        last = engine.load_checkpoint(out / "distill.pt")
     aps = {name: phase.get("ap") for name, phase in phases.items()}
     aps |= {"student": last["ap"], "EMA teacher": last["teacher_ap"]}
     for name in ["teacher"] * bool(cfg.teacher) + ["burnt-in"] * bool(cfg.student):

@@ -299,14 +299,14 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float, backbone_lr
         for name, parameter in module.named_parameters(module_name, recurse=False):
             if not parameter.requires_grad:
                 continue
-            factor = backbone_lr_factor if name.startswith("backbone.") else 1.0
             table = "relative_position_bias_table" in name or "pos_embed" in name
-            decay = 0.0 if isinstance(module, no_decay) or table else weight_decay
-            groups.setdefault((factor, decay), []).append(parameter)
+            kind = name.startswith("backbone."), isinstance(module, no_decay) or table
+            groups.setdefault(kind, []).append(parameter)
+    lrs, decays = (lr, lr * backbone_lr_factor), (weight_decay, 0.0)
     return torch.optim.AdamW(
         [
-            {"params": parameters, "lr": lr * factor, "initial_lr": lr * factor, "weight_decay": decay}
-            for (factor, decay), parameters in groups.items()
+            {"params": parameters, "lr": lrs[b], "initial_lr": lrs[b], "weight_decay": decays[n]}
+            for (b, n), parameters in groups.items()
         ],
         fused=next(model.parameters()).device.type in ("cuda", "cpu"),
     )
@@ -316,7 +316,7 @@ def lr_factor(schedule: str, progress: float, warmup: float = 0.0, drops=(0.8889
     """What the learning rate is multiplied by after the share `progress` in [0, 1] of a run.
 
     "poly": (1 - progress) ** 0.9. "step": times 0.1 at each of `drops` (327,778 and
-    355,092 of COCO's 368,750 steps). "cosine": half a cosine. All rise
+    355,092 of COCO's 368,750 steps, Mask2Former's schedule). "cosine": half a cosine. All rise
     linearly over `warmup` first."""
     if progress < warmup:
         return min(1.0, max(progress, 1e-3) / warmup)  # the first step shall count
@@ -379,8 +379,8 @@ def join(parts: list, joined: dict | None = None):
 
 class Run:
     """One phase of training: `for step in run:` sets seed and learning rate before the body, and logs and
-    saves after it. In the body, `run.update(loss, ...)` makes the optimiser's step; `run.log(name=value)`
-    adds to the log line.
+    saves after it. In the body, `run.update(loss, ...)` makes the optimiser's step; `run.log(shown, ...)`
+    adds to the next log line.
 
     phase: its name, and that of its checkpoint, out/<phase>.pt; while it lasts, the last cfg.keep of
     out/<phase>.step-<step>.pt hold all that is needed to go on. Seeds and the positions in the streams of
@@ -408,9 +408,12 @@ class Run:
         self.model, self.teacher, self.describe, self.later = student, teacher, describe or {}, later
         self.out = Path(cfg.out)
         self.optimizer = make_optimizer(student, cfg.lr, cfg.weight_decay, cfg.backbone_lr_factor)
-        if optimizer_state:
+        if optimizer_state:  # its moments; it may have been made with another lr
+            groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
             self.optimizer.load_state_dict(optimizer_state)
-        self.first_step = self.saved = 0
+            for group, ours in zip(self.optimizer.param_groups, groups):
+                group.update(ours)
+        self.first_step = self.saved = self.step = 0
         path, checkpoint = newest(self.out, phase)
         if checkpoint:
             self.model.load_state_dict(checkpoint["student"])
@@ -418,6 +421,7 @@ class Run:
                 teacher.load_state_dict(checkpoint["teacher"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
             self.first_step = self.saved = checkpoint["step"]
+            self.step = self.first_step - 1  # the last one that was made
             say(f"{phase}: resumed at step {self.first_step} of {steps} from {path}")
             if checkpoint["world_size"] != world_size():
                 change = f"{checkpoint['world_size']} processes before, {world_size()} now"
@@ -437,6 +441,9 @@ class Run:
             folder = self.out / "tensorboard" / phase
             self.board = tensorboard_writer()(folder, purge_step=self.first_step)
         self.stop, self.skipped = False, 0  # whether any process shall stop; steps skipped in a row
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.statistics = [v for m in norms if m.track_running_stats for v in (m.running_mean, m.running_var)]
+        self.finite_statistics = [value.clone() for value in self.statistics]  # of the last step that counted
         self.paused = 0.0  # seconds of evaluations since the last log line
         self.warned = False  # of what the log shows
 
@@ -486,6 +493,9 @@ class Run:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         not_finite, self.stop = map(bool, flags.tolist())
         self.skipped = self.skipped + 1 if not_finite else 0
+        if self.statistics:  # of trained batch norms: the forward pass has changed them
+            now, before = self.statistics, self.finite_statistics
+            torch._foreach_copy_(*((now, before) if not_finite else (before, now)))
         if not_finite:
             return self._explain(terms, batch)
         if self.cfg.clip:

@@ -137,9 +137,9 @@ class SetCriterion(nn.Module):
     prediction.
 
     num_classes: K. The weights are of the three losses and of the "no object" class within the first. Masks
-    are compared on num_points points, chosen among oversample_ratio times as many: the share
-    importance_sample_ratio of them where the prediction is least certain, the rest at random (PointRend,
-    section 3.1). A matcher of one's own may be given."""
+    are compared on num_points points. The share importance_sample_ratio of these are the ones where the
+    prediction is least certain, of oversample_ratio * num_points random candidates; the others are drawn
+    apart (PointRend, section 3.1). matcher: anything with the method `match` of HungarianMatcher."""
 
     def __init__(
         self,
@@ -246,7 +246,7 @@ class SetCriterion(nn.Module):
         weights = self.class_weights[classes]  # (T, B, Q)
         weights[layer, image, query] *= object_weights
         losses = F.cross_entropy(class_logits.flatten(0, 2), classes.flatten(), reduction="none")
-        return (weights * losses.view_as(weights)).sum((1, 2)) / weights.sum((1, 2))
+        return (weights * losses.view_as(weights)).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1e-6)
 
     def mask_losses(self, mask_logits, masks, objects, earlier, most, pixel_weights=None):
         """(2, G): BCE and dice, on points, of mask_logits (G, h, w) with masks[objects].

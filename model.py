@@ -133,7 +133,9 @@ def build_backbone(name, pretrained=False, weights=None, norm="frozen", **kwargs
         pretrained, kwargs["pretrained_cfg_overlay"] = True, {"file": weights}
     if isinstance(plain, timm.models.VisionTransformer):
         kwargs = {"dynamic_img_size": True, "num_classes": 0, **kwargs}
-        return PlainViT(timm.create_model(name, pretrained=pretrained, **kwargs))
+        body = timm.create_model(name, pretrained=pretrained, **kwargs)
+        body.attn_pool, body.fc_norm = None, nn.Identity()  # of its classifier: nothing here uses them
+        return PlainViT(body)
     # Swin: any image size, windows shifted in every stage, the paper's stochastic depth.
     if name.startswith("swin_"):
         kwargs = {"strict_img_size": False, "always_partition": True, "drop_path_rate": 0.3, **kwargs}
@@ -482,9 +484,9 @@ class DeformableSum(torch.autograd.Function):
 
 
 class Canvas:
-    """The levels of an image below one another, each within a border of zeros: what lies outside of a level
-    reads them, and the four corners of a sample lie `shifts` rows apart wherever it is. A row is a position
-    and a head, (D,)."""
+    """The levels of an image stacked vertically, each within a border of zeros. Samples outside a level read
+    that border, and the four corners of any sample are always `shifts` rows apart. A row is a position and a
+    head, (D,)."""
 
     def __init__(self, spatial_shapes, M):
         self.spatial_shapes, self.M = [tuple(shape) for shape in spatial_shapes], M

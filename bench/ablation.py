@@ -111,18 +111,22 @@ RECIPES = {
 MAIN = ["paper", "labels-only", "unguided", "no-distillation"]
 
 
+def numbers_of(t: int, b: int, d: int) -> dict:
+    """The numbers that stand in the commands of RECIPES, from the steps of the phases."""
+    numbers = {"t": t, "b": b, "d": d, "whole": b + d - 1, "refine": max(1, d // 9)}
+    return numbers | {"b_half": b // 2, "d_more": d + b - b // 2, "d_half": d // 2, "b_more": b + d - d // 2}
+
+
 def command(text: str, data: str, ratio: float, seed: int, steps: tuple, own: Path) -> str:
     """A recipe's command for a run, with all flags; its own come last, so that they hold."""
     t, b, d = steps
-    numbers = {"t": t, "b": b, "d": d, "whole": b + d - 1, "refine": max(1, d // 9)}
-    numbers |= {"b_half": b // 2, "d_more": d + b - b // 2, "d_half": d // 2, "b_more": b + d - d // 2}
     paper = own.parent / "paper"
     files = {
         "teacher": paper / "teacher.pt",
         "student": paper / "burnin.pt",
         "distilled": paper / "distill.pt",
     }
-    script, _, more = text.format(own=own, **files, **numbers).partition(" ")
+    script, _, more = text.format(own=own, **files, **numbers_of(t, b, d)).partition(" ")
     more += "" if "--steps" in more else f" --steps {t},{b},{d}"
     more += "" if "--out" in more else f" --out {own}"
     flags = DATA[data][0].replace("RATIO", f"{ratio:g}").replace("SEED", str(seed))
@@ -351,22 +355,48 @@ def figure(runs: list[dict], file: Path) -> None:
     pyplot.close()
 
 
+INTRO = """# What makes it work
+
+Made by `python bench/ablation.py --tables` from the runs in `ablation.jsonl`, which has the commands and the
+evaluations of each. AP is that at the end of training, never the best on the way. A seed draws the labelled
+images, the initial weights and the views, and all recipes share these; so recipes are compared seed by seed:
+the two columns on the right are means of such differences, with their standard error (standard deviation over
+seeds, divided by the root of their number). One seed alone has neither.
+"""
+
+
 def write_page(runs: list[dict]) -> None:
     """ABLATION.md and its figures."""
-    parts = []
+    parts = [INTRO]
     for (data, ratio), rows in sorted(gather(runs).items()):
         here = [run for run in runs if (run["data"], run["ratio"]) == (data, ratio)]
         machines, dates = sorted({run["machine"] for run in here}), sorted({run["date"] for run in here})
         parts += [f"## {data}, {100 * ratio:g} % of the labels", "", *table(rows), ""]
-        parts += [
-            f"{len(here)} runs, {sum(run['hours'] for run in here):.1f} hours of training on {machines[0]}"
-        ]
-        parts += [f"{' to '.join(sorted({dates[0], dates[-1]}))}.", ""]
+        hours, when = sum(run["hours"] for run in here), " to ".join(sorted({dates[0], dates[-1]}))
+        parts += [f"{len(here)} runs, {hours:.1f} hours of training. {'; '.join(machines)}; {when}.", ""]
         if {"paper", "unguided"} <= {run["recipe"] for run in here}:
             name = f"ablation-{data}-{100 * ratio:g}.png"
             figure(here, HERE / name)
             parts += [f"![AP and pseudo-labels over the steps]({name})", ""]
-    PAGE.write_text("\n".join(parts))
+    parts += ["## Commands", "", "All of them have besides, where they do not say otherwise:", ""]
+    for data in sorted({run["data"] for run in runs}):
+        flags = command("", data, 0, 0, DATA[data][1], Path("OUT"))
+        flags = flags.replace("--ratio 0 --seed 0", "--ratio RATIO --seed SEED").replace(
+            "0-0.txt", "RATIO-SEED.txt"
+        )
+        parts.append(f"- {data}: `{flags.strip()}`")
+    parts += [
+        "",
+        "TEACHER, STUDENT and DISTILLED are teacher.pt, burnin.pt and distill.pt of the paper's recipe.",
+        "",
+    ]
+    t, b, d = DATA["shapes"][1]
+    names = {"own": "OUT", "teacher": "TEACHER", "student": "STUDENT", "distilled": "DISTILLED"}
+    parts += ["| recipe | commands, with the steps of shapes |", "|---|---|"]
+    for text, commands in RECIPES.values():
+        lines = "<br>".join(f"`{line.format(**names, **numbers_of(t, b, d))}`" for line in commands)
+        parts.append(f"| {text} | {lines} |")
+    PAGE.write_text("\n".join(parts) + "\n")
 
 
 def main():

@@ -562,3 +562,11 @@ def test_train_and_val_share_no_image(shapes):
 )
 def test_at_test_time_the_shorter_side_counts_unless_the_longer_gets_too_long(size, sides, expected):
     assert data.test_size(*size, *sides) == expected
+
+
+def test_an_rle_with_characters_of_other_alphabets_is_damaged():
+    """pycocotools would read the bytes of their encoding, of which there are more than characters."""
+    assert data.rle_runs(":7?").sum() == 32
+    for counts in (":7\u20ac", ":7\u00ff", "\u0130"):
+        with pytest.raises(data.DataError, match="damaged"):
+            data.rle_runs(counts)

@@ -368,6 +368,12 @@ def test_num_objects_divides_the_mask_losses(given, used):
         torch.testing.assert_close(value, expected)
 
 
+def test_nothing_to_learn_is_a_loss_of_zero():
+    """ "No object" weighs nothing, and there is no object."""
+    losses = SetCriterion(K, num_points=P, no_object_weight=0.0)(random_outputs(), random_targets([0, 0]))
+    assert all(value == 0 for value in losses.values())
+
+
 def test_everything_runs_in_fp32_under_autocast():
     """bf16 outputs are taken as they are; the arithmetic on them does not change."""
     outputs, targets = random_outputs(dtype=torch.bfloat16), random_targets([2, 3])

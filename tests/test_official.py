@@ -11,7 +11,7 @@ from scipy.stats import kstest
 from torch import nn
 
 import engine
-from model import BACKBONES, OFFICIAL, OURS, STRIDES, Mask2Former, translate_state_dict
+from model import BACKBONES, OFFICIAL, OURS, STRIDES, Mask2Former, build_backbone, translate_state_dict
 
 
 def official_parameters(model):
@@ -167,3 +167,12 @@ def test_every_backbone_learns_from_images_of_any_size(name):
             assert parameter.grad is not None and parameter.grad.isfinite().all(), key
         assert sum(p.grad.any().item() for p in model.backbone.parameters()) > 20
         model.zero_grad()
+
+
+@pytest.mark.parametrize("pool", [{"global_pool": "map", "class_token": False}, {"global_pool": "avg"}])
+def test_a_plain_vit_has_no_parameter_of_its_classifier(pool):
+    """Several processes would wait for its gradient."""
+    args = {"img_size": 32, "depth": 1, "embed_dim": 24, "num_heads": 2, **pool}
+    body = build_backbone("vit_tiny_patch16_224", **args)
+    sum(feature.sum() for feature in body(torch.rand(1, 3, 32, 32))).backward()
+    assert not [name for name, parameter in body.named_parameters() if parameter.grad is None]

@@ -95,6 +95,16 @@ def test_pseudo_labels_are_most_doubtful_first_and_can_be_trained_on(checkpoint,
     assert f"--data {out} --image-folder {photos} --ratio 1" in done.stdout
 
 
+def test_pseudo_labels_of_an_image_that_is_a_link_are_those_of_its_file(checkpoint, photos, tmp_path):
+    file = sorted(path for path in photos.rglob("*") if path.is_file())[0]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/link.png").symlink_to(file)
+    flags = ["--images", tmp_path / "elsewhere/link.png", file, "--pseudo", tmp_path / "out"]
+    run("evaluate.py", checkpoint, *flags)
+    content = json.loads((tmp_path / "out/instances_train.json").read_text())
+    assert [entry["file_name"] for entry in content["images"]] == [file.name]
+
+
 def test_which_model_predicts_is_a_choice(checkpoint, photos, tmp_path):
     for which in ("student", "teacher"):
         flags = ["--images", photos, "--out", tmp_path / which, "--which", which, "--threshold", "0.01"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -286,6 +287,60 @@ def test_distillation_from_a_student_of_ones_own_is_what_follows_its_burn_in(tin
     assert "burnt-in" not in printed[printed.index("mask AP") :], "its AP may be of other images"
     ours, theirs = (engine.load_checkpoint(folder / "distill.pt") for folder in (tmp_path, out))
     assert all(same(ours[name], theirs[name]) for name in ("student", "teacher", "optimizer"))
+
+
+def test_distillation_from_a_student_of_ones_own_takes_its_moments_but_not_its_settings(
+    tiny, finished, tmp_path
+):
+    out, _ = finished
+    flags = ["--steps", "5,5,2", "--lr", "1e-6", "--backbone-lr-factor", "0.5", "--weight-decay", "0.25"]
+    train(tiny, tmp_path, "--student", out / "burnin.pt", *flags)
+    optimizer = engine.load_checkpoint(tmp_path / "distill.pt")["optimizer"]
+    assert {group["initial_lr"] for group in optimizer["param_groups"]} == {1e-6, 0.5e-6}
+    assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0.0, 0.25}
+    assert {state["step"].item() for state in optimizer["state"].values()} == {5 + 2}
+
+
+def test_a_checkpoint_of_an_earlier_phase_that_is_gone_is_one_line(tiny, finished, tmp_path, capsys):
+    out, _ = finished
+    shutil.copytree(out, tmp_path / "out")
+    (tmp_path / "out/teacher.pt").unlink()
+    with pytest.raises(SystemExit) as stopped:
+        distill.cli(["--data", str(tiny), *TINY, "--out", str(tmp_path / "out"), "--steps", "5"])
+    assert stopped.value.code == 2 and "no checkpoint" in capsys.readouterr().err
+
+
+def test_a_phase_that_was_killed_in_its_last_evaluation_goes_on_with_it(tiny, tmp_path, monkeypatch):
+    flags = ["--data", str(tiny), *TINY, "--steps", "1", "--tensorboard", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(burnin, "measure", lambda *_: sys.exit(9))
+        with pytest.raises(SystemExit):
+            distill.cli(flags)
+    assert (tmp_path / "teacher.step-0000001.pt").exists()
+    engine.locks.clear()
+    distill.cli(flags)
+    assert (tmp_path / "distill.pt").exists()
+
+
+def test_a_model_of_one_query_has_not_too_many_pseudo_labels_before_it_has_any(tiny, tmp_path):
+    train(tiny, tmp_path, "--num-queries", "1", "--steps", "1", "--log-every", "5")
+
+
+def test_a_skipped_step_leaves_the_statistics_of_batch_norms_as_they_were(tmp_path):
+    cfg = burnin.parse(burnin.Config, burnin.PRESETS, ["--out", str(tmp_path), *TINY])
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    run = engine.Run(cfg, "teacher", model, torch.device("cpu"), 2, (0, 2))
+    run.step = 0
+
+    def update(images):
+        loss = model(images).square().sum() + model[0].weight.sum()
+        run.update(loss, {"loss": loss}, [{"file": "a.png"}])
+        return model[1].running_mean.clone()
+
+    first = update(torch.randn(8, 3))
+    assert first.any(), "a step that counts changes them"
+    assert torch.equal(update(torch.full((8, 3), torch.nan)), first)
+    assert model[1].running_var.isfinite().all()
 
 
 def test_a_student_of_ones_own_that_is_another_model_is_refused(tiny, finished, tmp_path, capsys):

@@ -55,12 +55,13 @@ def main(checkpoint: dict, flags, sizes: dict, device) -> None:
 
 
 def list_images(places: list[str]) -> list[Path]:
-    """The image files among and below them, in order. Raises DataError where there is none."""
+    """The real paths of the image files among and below them, in order. Raises DataError where there is
+    none."""
     files = []
     for place in map(Path, places):
         if not place.exists():
             raise DataError(f"no file or folder --images {str(place)!r}")
-        found = [Path(path) for path in image_files(place)] if place.is_dir() else [place]
+        found = [Path(path) for path in image_files(place)] if place.is_dir() else [place.resolve()]
         if not found:
             raise DataError(f"no image below --images {str(place)!r}")
         files += found
@@ -108,7 +109,7 @@ def write_pseudo_labels(model, files, categories, out: Path, device, sizes, sett
     """out/instances_train.json. An annotation has its "score" besides, an image its "doubt": 1 minus the
     lowest score of its pseudo-labels, or without any the highest score. settings: of `pseudo_labels`."""
     out.mkdir(parents=True, exist_ok=True)
-    folder = Path(os.path.commonpath([file.parent.resolve() for file in files]))
+    folder = Path(os.path.commonpath([file.parent for file in files]))
     images, annotations = [], []
     for number, file, image in each_image(files):
         H, W = test_size(image.height, image.width, **sizes)
@@ -127,7 +128,7 @@ def write_pseudo_labels(model, files, categories, out: Path, device, sizes, sett
             annotations.append({**result, **more, "bbox": rle_tools.toBbox(result["segmentation"]).tolist()})
         scores = pseudo["scores"].tolist()
         doubt = 1 - min(scores) if scores else float(pseudo["highest"])
-        name = str(file.resolve().relative_to(folder))
+        name = str(file.relative_to(folder))
         images.append({**image_entry(number, name, image), "doubt": round(doubt, 4)})
     images.sort(key=lambda entry: -entry["doubt"])
     place = {entry["id"]: number for number, entry in enumerate(images)}
