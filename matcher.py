@@ -240,13 +240,15 @@ class SetCriterion(nn.Module):
         return self.matcher.match(all_predictions(outputs), targets)
 
     def class_losses(self, class_logits, layer, image, query, labels, object_weights):
-        """(T,): cross-entropy over all queries of a prediction, weighted by class and object."""
+        """(T,): cross-entropy over all queries of a prediction, the mean weighted by class; an object's times
+        its weight."""
         classes = torch.full(class_logits.shape[:3], self.num_classes, device=class_logits.device)
         classes[layer, image, query] = labels
         weights = self.class_weights[classes]  # (T, B, Q)
-        weights[layer, image, query] *= object_weights
         losses = F.cross_entropy(class_logits.flatten(0, 2), classes.flatten(), reduction="none")
-        return (weights * losses.view_as(weights)).sum((1, 2)) / weights.sum((1, 2)).clamp(min=1e-6)
+        losses = weights * losses.view_as(weights)
+        losses = losses.index_put((layer, image, query), losses[layer, image, query] * object_weights)
+        return losses.sum((1, 2)) / weights.sum((1, 2)).clamp(min=1e-6)
 
     def mask_losses(self, mask_logits, masks, objects, earlier, most, pixel_weights=None):
         """(2, G): BCE and dice, on points, of mask_logits (G, h, w) with masks[objects].

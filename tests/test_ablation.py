@@ -3,8 +3,8 @@
 import importlib.util
 import json
 import sys
+import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from commands import ROOT, run
@@ -27,11 +27,11 @@ def ablation(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "DATA", {"shapes": (flags, (1, 2, 1))})
     module.commands = []
 
-    def command(words, stdout, **_):
+    def call(_, words, stdout, **__):
         module.commands.append(Path(words[1]).name)
         stdout.write(run(*words[1:]).stdout)
 
-    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=command, STDOUT=None))
+    monkeypatch.setattr(module.Ablation, "call", call)
     return module
 
 
@@ -39,12 +39,12 @@ def test_a_recipe_runs_once_and_the_papers_before_what_starts_from_it(ablation, 
     results = tmp_path / "results.jsonl"
     for _ in range(2):
         runs = ablation.Ablation(tmp_path / "runs", results)
-        for recipe in ("unguided", "paper", "refined", "no-distillation"):
+        for recipe in ("refined", "paper", "unguided", "no-distillation"):
             runs.run("shapes", 0.5, 3, recipe)
-    scripts = ["distill.py", "burnin.py", "distill.py", "distill.py", "burnin.py"]
-    assert ablation.commands == scripts, "unguided after paper, then the others, and nothing twice"
+    scripts = ["distill.py", "distill.py", "burnin.py", "distill.py", "burnin.py"]
+    assert ablation.commands == scripts, "the paper's, refined, unguided, no distillation; nothing twice"
     records = {record["recipe"]: record for record in ablation.read(results)}
-    assert list(records) == ["paper", "unguided", "refined", "no-distillation"]
+    assert list(records) == ["paper", "refined", "unguided", "no-distillation"]
     phases = {name: [point["phase"] for point in record["curve"]] for name, record in records.items()}
     assert phases["paper"] == ["teacher", "burnin", "distill"]
     assert phases["unguided"] == ["burnin", "distill"]
@@ -60,9 +60,35 @@ def test_a_recipe_runs_once_and_the_papers_before_what_starts_from_it(ablation, 
     assert start["config"]["unsupervised_weight"] == 0
 
 
-def test_a_line_that_was_cut_short_is_not_a_record(ablation, tmp_path):
-    (tmp_path / "results.jsonl").write_text('{"a": 1}\n{"b": ')
-    assert ablation.read(tmp_path / "results.jsonl") == [{"a": 1}]
+def test_a_record_that_was_cut_short_is_none_and_spoils_no_other(ablation, tmp_path):
+    results = tmp_path / "results.jsonl"
+    results.write_text('{"data": "shapes", "ratio": 0.5, "seed": 3, "recipe": "labels-only"}\n{"data": ')
+    ablation.Ablation(tmp_path / "runs", results).run("shapes", 0.5, 3, "paper")
+    assert [record["recipe"] for record in ablation.read(results)] == ["labels-only", "paper"]
+
+
+def test_a_run_whose_end_was_not_logged_is_refused(ablation, tmp_path):
+    runs = ablation.Ablation(tmp_path / "runs", tmp_path / "results.jsonl")
+    runs.run("shapes", 0.5, 3, "labels-only")
+    metrics = tmp_path / "runs/shapes-0.5-3/labels-only/metrics.jsonl"
+    lines = [line for line in metrics.read_text().splitlines() if '"ap"' in line]
+    earlier = json.loads(lines[-1]) | {"ap": {"AP": 99.0}}
+    metrics.write_text(json.dumps(earlier) + "\n")
+    (tmp_path / "results.jsonl").unlink()
+    with pytest.raises(RuntimeError, match="lacks the end of the run"):
+        ablation.Ablation(tmp_path / "runs", tmp_path / "results.jsonl").run("shapes", 0.5, 3, "labels-only")
+
+
+def test_a_command_that_fails_is_an_error_and_after_a_stop_nothing_begins(ablation, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    runs = ablation.Ablation(tmp_path, tmp_path / "results.jsonl")
+    with pytest.raises(RuntimeError, match="-c 'exit.7.' ended with 7, see its log"):
+        runs.call([sys.executable, "-c", "exit(7)"])
+    threading.Timer(0.3, runs.stop).start()
+    with pytest.raises(RuntimeError, match="ended with -15"):
+        runs.call([sys.executable, "-c", "import signal; signal.pause()"])
+    with pytest.raises(RuntimeError, match="stopped"):
+        runs.call([sys.executable, "-c", ""])
 
 
 @pytest.mark.parametrize("data", ["shapes", "nuclei"])
@@ -77,12 +103,9 @@ def test_every_recipe_is_a_command_with_the_flags_of_its_data(data):
             program = {"distill.py": distill, "burnin.py": burnin}[script]
             cfg = burnin.parse(program.Config, program.PRESETS, flags)
             assert (cfg.seed, cfg.ratio) == (7, 0.05), line
-            if recipe in ("refined", "no-distillation", "shorter", "longer"):
-                steps = {"refined": (3,) * 3, "no-distillation": (10, 49, 1)}
-                steps |= {"shorter": (10, 10, 40), "longer": (10, 35, 15)}
-                assert cfg.steps == steps[recipe]
-            else:
-                assert cfg.steps == (10, 20, 30)
+            steps = {"refined": (3,) * 3, "no-distillation": (10, 49, 1), "two-phase": (10, 1, 49)}
+            steps |= {"shorter": (10, 10, 40), "longer": (10, 35, 15), "more-distillation": (10, 20, 39)}
+            assert cfg.steps == steps.get(recipe, (10, 20, 30)), line
 
 
 def test_tables_have_means_deviations_and_paired_differences(ablation):
@@ -99,10 +122,10 @@ def test_tables_have_means_deviations_and_paired_differences(ablation):
     rows = ablation.gather(runs)["shapes", 0.1]
     assert rows["labels-only"] == {0: 10.0, 1: 12.0} and rows["burnt-in"][1] == 13.0
     lines = ablation.table(rows)
-    ours = next(line for line in lines if "distilled student" in line).split("|")
+    ours = next(line for line in lines if "**Guided Distillation**" in line).split("|")
     # Differences of 3 and 2 over the two seeds that both have; standard error sqrt(0.5 / 2).
-    assert ours[3].strip() == "+2.5 ± 0.5" and ours[2].strip() == "42.0 ± 49.4 (3)"
-    assert next(line for line in lines if "EMA teacher" in line).split("|")[4].strip() == "+1.0 ± 0.0"
+    assert ours[3].strip() == "+2.5 ± 0.5 (2)" and ours[2].strip() == "42.0 ± 49.4 (3)"
+    assert next(line for line in lines if "EMA teacher" in line).split("|")[4].strip() == "+1.0 ± 0.0 (3)"
 
 
 def test_the_page_and_its_figure_are_made_of_the_records(ablation, tmp_path, monkeypatch):
@@ -119,5 +142,5 @@ def test_the_page_and_its_figure_are_made_of_the_records(ablation, tmp_path, mon
     monkeypatch.setattr(ablation, "PAGE", tmp_path / "ABLATION.md")
     ablation.write_page(json.loads(json.dumps(records)))
     page = (tmp_path / "ABLATION.md").read_text()
-    assert "3 runs, 3.0 hours of training on M" in page and "| unguided burn-in" in page
+    assert "3 runs, 3.0 hours of training. M;" in page and "| unguided burn-in" in page
     assert (tmp_path / "ablation-shapes-2.png").stat().st_size > 10_000

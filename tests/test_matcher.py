@@ -121,9 +121,11 @@ def losses_by_loops(outputs, targets, drawn, bilinear, criterion, num_objects):
             classes = {q: int(target["labels"][n]) for q, n in pairs}
             object_weights = target.get("weights", torch.ones(len(target["labels"]))).tolist()
             for q in range(len(logits)):
-                objects = {q: n for q, n in pairs}
-                weight = object_weights[objects[q]] if q in classes else 0.1
-                total[0, t] -= weight * math.log(softmax(logits[q].double().tolist())[classes.get(q, K)])
+                weight = 1.0 if q in classes else 0.1
+                sure = object_weights[dict(pairs)[q]] if q in classes else 1.0
+                total[0, t] -= (
+                    sure * weight * math.log(softmax(logits[q].double().tolist())[classes.get(q, K)])
+                )
                 weights[t] += weight
             for q, n in pairs:
                 certainty = np.abs(sample(masks[q], candidates, bilinear))
