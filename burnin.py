@@ -24,36 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import cityscapes
 import engine
-from data import (
-    DataError,
-    Pool,
-    Replacing,
-    View,
-    Views,
-    labelled_split,
-    listed_split,
-    load_data,
-    repeat_factors,
-    seed_of,
-    split_hash,
-    stream,
-)
+from data import DataError
 from engine import Run, autocast, knob, say
-from evaluate import (
-    ap_line,
-    check_classes,
-    evaluate,
-    gather,
-    is_cityscapes,
-    load_model,
-    pictures,
-    sheet,
-)
+from evaluate import ap_line, load_model, sheet
+from health import health, health_lines
 from matcher import SetCriterion
-from model import Mask2Former, Prediction
-from weights import initialise, read_weights
+from model import Prediction
+from setting import Setting, load_teacher, parse
 
 
 @dataclass
@@ -252,27 +230,6 @@ PRESETS = {
 }
 
 
-def parse(config_class, presets: dict, argv=None, description=None) -> Config:
-    """A Config from preset and flags, and with --scale-to-batch from what of the preset fits --batch."""
-    cfg = engine.parse_config(config_class, presets, argv, description)
-    if not cfg.scale_to_batch:
-        return cfg
-    reference = config_class(**presets[cfg.preset])
-    presets = {**presets, cfg.preset: presets[cfg.preset] | scaled_to_batch(reference, cfg.batch)}
-    return engine.parse_config(config_class, presets, argv, description)
-
-
-def scaled_to_batch(reference: Config, batch: int) -> dict:
-    """The numbers with which another batch learns about the same. With k times the images in a step: 1/k of
-    the steps, as many images in all; lr * sqrt(k), because the noise of Adam's steps falls with sqrt(k)
-    (Malladi et al., NeurIPS 2022, arXiv 2205.10287); and the EMA's decay ** k, so that the teacher is as many
-    images behind the student (Busbridge et al., NeurIPS 2023, arXiv 2307.13813)."""
-    k = batch / reference.batch
-    steps = tuple(max(1, round(number / k)) for number in reference.steps)
-    ema = {"ema_decay": reference.ema_decay**k} if hasattr(reference, "ema_decay") else {}
-    return {"lr": reference.lr * k**0.5, "steps": steps, **ema}
-
-
 # ------------------------------------------------------------------------------------------------ the method
 
 
@@ -317,6 +274,14 @@ def pseudo_labels(
     return targets
 
 
+def teacher_labels(teacher: nn.Module, images: Tensor, cfg: Config, device) -> list[dict]:
+    """A teacher's pseudo-labels of images (B, 3, H, W) uint8."""
+    with torch.inference_mode(), autocast(device):
+        outputs = teacher(images)
+    kept = cfg.score_threshold, cfg.min_area, cfg.mask_threshold
+    return pseudo_labels(outputs, *kept, cfg.pixel_weights, cfg.score_power)
+
+
 def supervised_step(student: nn.Module, criterion: SetCriterion, labelled: list[dict], device) -> dict:
     """Mask2Former's losses on a batch of labelled images."""
     with autocast(device):
@@ -330,10 +295,7 @@ def guided_step(
     """The losses of a step in phases 2 and 3: on labelled images against their labels, on unlabelled ones
     against the teacher's pseudo-labels. The teacher sees the weak view, the student the strong view of the
     same crop, if there is one. Returns both dictionaries and the pseudo-labels."""
-    with torch.inference_mode(), autocast(device):
-        guidance = teacher(stack_images(unlabelled, "image", device))
-    kept = cfg.score_threshold, cfg.min_area, cfg.mask_threshold
-    pseudo = pseudo_labels(guidance, *kept, cfg.pixel_weights, cfg.score_power)
+    pseudo = teacher_labels(teacher, stack_images(unlabelled, "image", device), cfg, device)
 
     # One pass for both: DistributedDataParallel wants a backward before the next one. Only --norm batch mixes
     # them, in its statistics.
@@ -372,285 +334,6 @@ def stack_images(batch: list[dict], key: str, device) -> Tensor:
 
 def to_device(batch: list[dict], device) -> list[dict]:
     return [{key: item[key].to(device, non_blocking=True) for key in ("labels", "masks")} for item in batch]
-
-
-# --------------------------------------------------------------------------------------------- what it needs
-
-GUIDED = 2.5  # about so many times a step of phase 1 takes one of phases 2 and 3; for the time left alone
-
-
-class Setting:
-    """Data, model arguments and loss of a run: what all phases share. last: the last phase of the program.
-    Raises ValueError for what a user got wrong, before anything is trained."""
-
-    def __init__(self, cfg: Config, last: str = "burnin"):
-        self.cfg, self.last = cfg, last
-        self.device = engine.start_processes(cfg.device, cfg.precision)
-        if cfg.batch % engine.world_size():
-            raise ValueError(f"--batch {cfg.batch} does not divide by {engine.world_size()} processes")
-        if cfg.norm == "batch" and engine.world_size() > 1 and self.device.type != "cuda":
-            raise ValueError(
-                "--norm batch is synchronised on GPUs only; on several CPUs take group or frozen"
-            )
-        self._read_data()
-        self._plan_model()
-        weights = dict(zip(("weight_class", "weight_mask", "weight_dice"), cfg.loss_weights))
-        self.criterion = SetCriterion(
-            self.num_classes, **weights, no_object_weight=cfg.no_object_weight, num_points=cfg.num_points
-        ).to(self.device)
-        self.test_sizes = {"short_side": cfg.test_short_side, "long_side": cfg.test_long_side}
-        self.view = View(cfg.crop, cfg.scale, cfg.short_side, colour=cfg.colour, blur=cfg.blur)
-        engine.lr_factor(cfg.schedule, progress=0.0)
-        self.finished = {  # read once: checkpoints are large
-            phase: engine.finished(cfg, phase, split=self.describe["split"])
-            for phase in ("teacher", "burnin", "distill", "labels_only")
-        }
-        if cfg.teacher:
-            load_teacher(cfg, self)  # a wrong file is refused before anything is trained
-        if cfg.tensorboard:
-            engine.tensorboard_writer()
-
-    def _read_data(self) -> None:
-        """Which images there are, which of them are labelled, and which are the unlabelled pool."""
-        cfg = self.cfg
-        with engine.rank_zero_first():
-            files = dict(train_json=cfg.train_json, val_json=cfg.val_json, images=cfg.image_folder)
-            self.train, self.val = load_data(cfg.data, cfg.root or None, **files)
-            if engine.rank() == 0:
-                engine.lock(Path(cfg.out))
-        names = self.train.class_names
-        if self.val and self.val.class_names != names:
-            raise ValueError(f"training has the classes {names}, validation {self.val.class_names}")
-        if cfg.split:
-            self.labelled = listed_split(cfg.split, self.train)
-        else:
-            self.labelled = labelled_split(self.train.image_ids, cfg.ratio, cfg.seed)
-        self.pool = Pool(self.train, cfg.unlabelled or (), known=[self.train, self.val])
-        if is_cityscapes(self.val):
-            cityscapes.rules()
-        self.num_classes = len(names)
-
-    def _plan_model(self) -> None:
-        """The arguments of every fresh model, what checkpoints say of them, and whether they make one."""
-        cfg = self.cfg
-        if cfg.backbone_weights and not Path(cfg.backbone_weights).is_file():
-            raise ValueError(f"no file --backbone-weights {cfg.backbone_weights!r}")
-        fields = "backbone backbone_args norm num_queries hidden_dim"
-        fields += " encoder_layers encoder_ffn decoder_layers decoder_ffn"
-        self.model_args = {name: getattr(cfg, name) for name in fields.split()} | {
-            "num_classes": self.num_classes,
-            "pixel_mean": list(cfg.pixel_mean) or None,
-            "pixel_std": list(cfg.pixel_std) or None,
-        }
-        self.describe = {
-            "model_args": self.model_args,
-            "class_names": self.train.class_names,
-            "category_ids": self.train.category_ids,
-            "split": split_hash(self.labelled),
-        }
-        try:
-            with torch.device("meta"):
-                model = Mask2Former(**self.model_args)
-        except TypeError as error:
-            raise ValueError(f"--backbone-args {cfg.backbone_args}: {error}") from None
-        self.init = read_weights(cfg.init)["student"] if cfg.init else None
-        if self.init:
-            for note in initialise(Mask2Former(**self.model_args), self.init):
-                say(f"--init {cfg.init}: {note}")
-        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-
-    def show(self, presets: dict) -> None:
-        """The start banner, and warnings. presets: those of the program."""
-        cfg, steps = self.cfg, [f"{number:,}" for number in self.cfg.steps]
-        batch = f"{cfg.batch} labelled and {cfg.batch} unlabelled images a step, lr {cfg.lr:.3g}"
-        reference = type(cfg)(**presets[cfg.preset])
-        if cfg.batch != reference.batch and not cfg.scale_to_batch:
-            fitting = scaled_to_batch(reference, cfg.batch)
-            fitting = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in fitting.items()}
-            new = ", ".join(f"--{name.replace('_', '-')} {engine.shown(v)}" for name, v in fitting.items())
-            batch += f", the preset is for {reference.batch}, --scale-to-batch would take {new}"
-        engine.banner(
-            cfg.out,
-            f"Guided Distillation on {cfg.data} -> {cfg.out}",
-            self.device,
-            data=f"{len(self.train):,} training images, {len(self.labelled):,} of them labelled (split "
-            f"{self.describe['split']}), {len(self.pool.image_ids):,} in the unlabelled pool, "
-            f"{len(self.val or ()):,} for validation, {self.num_classes} classes",
-            model=f"Mask2Former, {cfg.backbone}, {cfg.num_queries} queries, {self.num_parameters / 1e6:.1f} "
-            "million parameters",
-            batch=batch,
-            steps=f"{sum(cfg.steps):,} on labels only"
-            if cfg.labels_only
-            else f"{steps[0]} teacher burn-in, {steps[1]} guided burn-in, {steps[2]} distillation",
-        )
-        for warning in self.warnings():
-            say(f"warning: {warning}")
-
-    def later(self, phase: str) -> float:
-        """The work of the phases after this one, in its own steps."""
-        _, burnin, distill = self.cfg.steps
-        distill *= self.last == "distill"
-        return {"teacher": GUIDED * (burnin + distill), "burnin": distill}.get(phase, 0)
-
-    def warnings(self):
-        """What training can do with but its owner would want to know."""
-        if not self.val:
-            yield f"{self.cfg.data} has no validation set, so no AP will be shown"
-        for dataset in (self.train, self.val):
-            if dataset and dataset.dropped:
-                first, number = dataset.dropped[0], len(dataset.dropped)
-                yield f"{dataset.json_file}: {number} annotations are left out, such as: {first}"
-        labels = [self.train.labels(image_id) for image_id in self.labelled]
-        without = set(range(self.num_classes)) - {label for image in labels for label in image}
-        if without:
-            names = ", ".join(self.train.class_names[label] for label in sorted(without)[:10])
-            yield f"{len(without)} classes are in no labelled image: {names}"
-        if len(self.labelled) < self.cfg.batch:
-            yield f"a batch has {self.cfg.batch} images, but only {len(self.labelled)} are labelled"
-        if max(map(len, labels)) > self.cfg.num_queries:
-            yield f"an image has {max(map(len, labels))} objects, the model {self.cfg.num_queries} queries"
-
-    def fresh_model(self, name: str) -> Mask2Former:
-        """ImageNet backbone (or random), random decoders, drawn from (seed, name); or what --init has."""
-        torch.manual_seed(seed_of(self.cfg.seed, "model", name))
-        pretrained, weights = self.cfg.pretrained and not self.init, self.cfg.backbone_weights or None
-        with engine.user_errors():
-            model = Mask2Former(**self.model_args, pretrained=pretrained, backbone_weights=weights)
-        if self.init:
-            initialise(model, self.init)
-        return model.to(self.device)
-
-    def labelled_stream(self, phase: str, first_step: int, repeats=None):
-        """Endless batches of labelled images. repeats: how often each is seen, default alike."""
-        views = Views(self.train, self.view)
-        return self._stream(views, self.labelled, phase, "labelled", first_step, repeats=repeats)
-
-    def both_streams(self, phase: str, first_step: int):
-        """Of phases 2 and 3: endless batches of labelled images, where those with rare classes come more
-        often, and of unlabelled ones. The unlabelled pool is every training image, the labelled ones too."""
-        threshold = self.cfg.repeat_threshold
-        repeats = repeat_factors(self.train, self.labelled, threshold) if threshold else None
-        views = Views(self.pool, self.view, labels=False, strong=self.cfg.strong_view)
-        return (
-            self.labelled_stream(phase, first_step, repeats),
-            self._stream(views, self.pool.image_ids, phase, "unlabelled", first_step),
-        )
-
-    def _stream(self, views, image_ids, phase, name, first_step, **sampling):
-        return stream(
-            views,
-            image_ids,
-            batch=self.cfg.batch // engine.world_size(),
-            seed=seed_of(self.cfg.seed, phase, name),
-            rank=engine.rank(),
-            world_size=engine.world_size(),
-            workers=self.cfg.workers,
-            timeout=self.cfg.loader_timeout,
-            first_step=first_step,
-            **sampling,
-        )
-
-    def evaluate(self, model) -> dict:
-        if not self.val:
-            return {}
-        batch = max(1, self.cfg.batch // engine.world_size())
-        return evaluate(model, self.val, self.device, batch=batch, **self.test_sizes)
-
-    def pictures(self, models: dict) -> list[list]:
-        training = [model for model in models.values() if model.training]
-        for model in training:
-            model.eval()
-        rows = pictures(models, self.val, self.device, **self.test_sizes)
-        for model in training:
-            model.train()
-        return rows
-
-
-# --------------------------------------------------------------------------------- how good pseudo-labels are
-
-
-def count_right(pseudo: dict, truth: dict, least_iou: float = 0.5) -> tuple[int, float]:
-    """How many pseudo-labels of an image are right, and the sum of their mask IoUs. Right is one that has the
-    class of an object and an IoU of least_iou with it, if no pseudo-label of a higher score has found it.
-
-    pseudo: of an image, as `pseudo_labels` returns it. truth: "labels" (N,), "masks" (N, h, w) bool."""
-    found, objects = (t["masks"].flatten(1).float() for t in (pseudo, truth))
-    common = found @ objects.T
-    ious = common / (found.sum(1)[:, None] + objects.sum(1) - common).clamp(min=1)
-    ious[pseudo["labels"][:, None] != truth["labels"]] = 0
-    right, total = 0, 0.0
-    for row in pseudo["scores"].argsort(descending=True) if len(objects) else ():
-        iou, best = ious[row].max(0)
-        if iou >= least_iou:
-            right, total = right + 1, total + float(iou)
-            ious[:, best] = 0
-    return right, total
-
-
-@torch.no_grad()
-def health(teacher: nn.Module, setting: Setting, number: int = 200) -> dict:
-    """How good a model's pseudo-labels are, on weak views of `number` images, always the same ones: "images",
-    "kept" of each, mean "score", and the shares of "classes" beside those of the labelled images. Training
-    images that are not labelled have hidden labels, from which nothing learns; by these, in percent:
-    "precision", "recall", and the mean "mask_iou" of those that are right (`count_right`)."""
-    cfg, device, K = setting.cfg, setting.device, setting.num_classes
-    hidden = sorted(set(setting.train.image_ids) - set(setting.labelled))
-    dataset, ids = (setting.train, hidden) if hidden else (setting.pool, setting.pool.image_ids)
-    ids = sorted(ids, key=lambda i: seed_of(cfg.seed, "health", i))[:number]
-    views = Replacing(Views(dataset, setting.view, labels=bool(hidden)), ids)
-    mine = ids[engine.rank() :: engine.world_size()]
-    sums, classes = torch.zeros(6, dtype=torch.float64), torch.zeros(K, dtype=torch.float64)
-    training = teacher.training
-    teacher.eval()
-    for first in range(0, len(mine), cfg.batch):
-        batch = [views[i, seed_of(cfg.seed, "health", i)] for i in mine[first : first + cfg.batch]]
-        batch = [item for item in batch if "image" in item]  # not where all that were tried are damaged
-        if not batch:
-            continue
-        with autocast(device):
-            outputs = teacher(stack_images(batch, "image", device))
-        kept = cfg.score_threshold, cfg.min_area, cfg.mask_threshold
-        for item, pseudo in zip(batch, pseudo_labels(outputs, *kept)):
-            pseudo = {name: value.cpu() for name, value in pseudo.items()}
-            sums[:3] += torch.tensor([1, len(pseudo["labels"]), pseudo["scores"].sum()])
-            classes += torch.bincount(pseudo["labels"], minlength=K)
-            if hidden:
-                masks = nn.functional.avg_pool2d(item["masks"][:, None].float(), 4)[:, 0] > 0.5
-                right, ious = count_right(pseudo, {"labels": item["labels"], "masks": masks})
-                sums[3:] += torch.tensor([len(masks), right, ious])
-    teacher.train(training)
-    images, kept, scores, objects, right, ious = sum(gather([sums])).tolist()
-    labels = [label for image_id in setting.labelled for label in setting.train.labels(image_id)]
-    result = {"images": int(images), "kept": kept / max(1, images), "score": scores / max(1, kept)}
-    result["classes"] = shares(sum(gather([classes])), setting.train.class_names)
-    counts = torch.bincount(torch.tensor(labels, dtype=torch.int64), minlength=K)
-    result["labelled_classes"] = shares(counts, setting.train.class_names)
-    if hidden:
-        result["precision"] = 100 * right / max(1, kept)
-        result["recall"] = 100 * right / max(1, objects)
-        result["mask_iou"] = 100 * ious / max(1, right)
-    return result
-
-
-def shares(counts: Tensor, names: list[str]) -> dict:
-    """{name: share}, which sum to 1, or are 0 where nothing was counted."""
-    return dict(zip(names, (counts / counts.sum().clamp(min=1)).tolist()))
-
-
-def health_lines(result: dict, most: int = 5) -> list[str]:
-    """What `health` found, for people; of the classes those whose shares differ most."""
-    if not result["kept"]:
-        return [f"  no pseudo-labels on {result['images']} images"]
-    parts = [f"{result['kept']:.1f} an image, mean score {result['score']:.2f}"]
-    if "precision" in result:
-        parts += [f"{name} {result[name]:.1f}" for name in ("precision", "recall", "mask_iou")]
-    ours, theirs = result["classes"], result["labelled_classes"]
-    furthest = sorted(ours, key=lambda name: -abs(ours[name] - theirs[name]))[:most]
-    classes = [f"{name} {100 * ours[name]:.0f} ({100 * theirs[name]:.0f})" for name in furthest]
-    return [
-        f"  pseudo-labels of {result['images']} images: {', '.join(parts)}".replace("mask_iou", "mask IoU"),
-        f"  their classes in percent (labelled): {', '.join(classes)}",
-    ]
 
 
 # ------------------------------------------------------------------------------------------------ the phases
@@ -703,16 +386,6 @@ def burn_in_student(cfg: Config, setting: Setting) -> None:
     finish(run, setting, teacher)
 
 
-def load_teacher(cfg, setting) -> dict:
-    """The checkpoint whose "student" is the teacher of phase 2: that of phase 1, or one's own, any model that
-    knows the classes."""
-    checkpoint = (
-        read_weights(cfg.teacher) if cfg.teacher else engine.load_checkpoint(Path(cfg.out) / "teacher.pt")
-    )
-    check_classes(checkpoint, setting.train.class_names)
-    return checkpoint
-
-
 # ----------------------------------------------------------------------------------------------- what is said
 
 
@@ -763,9 +436,9 @@ def report(run, step: int, setting: Setting, teacher) -> None:
 def measure(run, setting: Setting, teacher) -> dict:
     """The "ap" of the model that is trained, and "pseudo", the `health` of the teacher's pseudo-labels; in
     guided burn-in also "student_pseudo", of those that its student would give, with which phase 3 begins."""
-    results = {"ap": setting.evaluate(run.model), "pseudo": health(teacher, setting)}
+    results = {"ap": setting.evaluate(run.model), "pseudo": health(teacher, setting, teacher_labels)}
     if run.phase == "burnin":
-        results["student_pseudo"] = health(run.model, setting)
+        results["student_pseudo"] = health(run.model, setting, teacher_labels)
     lines = [f"{run.phase}: {ap_line(results['ap'])}"] if results["ap"] else []
     say(*lines, *health_lines(results["pseudo"]), sep="\n")
     if run.board and setting.val:

@@ -21,10 +21,11 @@ from torch import nn
 
 import burnin
 import engine
-from burnin import Setting, guided_step
+from burnin import guided_step
 from data import DataError
 from engine import Run, knob, say
 from evaluate import ap_line, ap_table, check_classes, load_model, sheet
+from setting import Setting, load_teacher, parse
 
 
 @dataclass
@@ -99,7 +100,7 @@ def summary(cfg: Config, setting: Setting) -> None:
     """The table of all phases, a picture of teacher and student on the same images, and the report."""
     out, device = Path(cfg.out), setting.device
     with engine.user_errors():  # an earlier phase's file may be gone
-        phases = {} if cfg.student else {"teacher": burnin.load_teacher(cfg, setting)}
+        phases = {} if cfg.student else {"teacher": load_teacher(cfg, setting)}
         if (out / "labels_only.pt").exists():
             phases["labels only"] = engine.load_checkpoint(out / "labels_only.pt")
         phases["burnt-in"] = load_student(cfg, setting)
@@ -157,7 +158,7 @@ def main(cfg: Config) -> None:
 
 def cli(argv=None) -> None:
     with engine.user_errors():
-        cfg = burnin.parse(Config, PRESETS, argv, __doc__)
+        cfg = parse(Config, PRESETS, argv, __doc__)
     main(cfg)
 
 

@@ -67,11 +67,16 @@ def compare(model: Mask2Former, files: list, sizes: list, folder: Path) -> list:
             for index, (score, label, mask) in enumerate(programs):
                 scores[index] = max(scores[index], float((score - expected["scores"]).abs().max()))
                 for n in range(number):
-                    alike = (score - expected["scores"][n]).abs() < 1e-5
-                    alike &= label == expected["labels"][n]
-                    differing = (mask[alike] != expected["masks"][n]).sum((1, 2))
-                    lost += not len(differing)
-                    masks[index] += int(min(differing, default=0))
+                    label_n, score_n, mask_n = (expected[x][n] for x in ("labels", "scores", "masks"))
+                    alike = ((score - score_n).abs() < 1e-5) & (label == label_n)
+                    places = sorted(alike.nonzero()[:, 0].tolist(), key=lambda place: abs(place - n))
+                    best = None
+                    for place in places:  # the same place first, which nearly always is it
+                        differing = int((mask[place] != mask_n).sum())
+                        best = differing if best is None else min(best, differing)
+                        if best < 1e-3 * mask_n.numel():
+                            break
+                    lost, masks[index] = lost + (best is None), masks[index] + (best or 0)
     share = " / ".join(f"{1e6 * number / pixels:.2g}" for number in masks)
     return [found, lost, " / ".join(f"{score:.0e}" for score in scores), share, f"{seconds:.0f}"]
 

@@ -7,11 +7,12 @@ import onnxruntime
 import pytest
 import torch
 from conftest import TINY
+from timm.layers import Conv2dSame
 from torch import nn
 
 from evaluate import instances
 from model import Mask2Former
-from tools.export import export, trace
+from tools.export import EvenConv2d, export, trace
 
 SIZES = [(192, 256), (150, 235)]  # neither is the one that was traced
 
@@ -79,3 +80,15 @@ def test_code_that_needs_its_sizes_as_numbers_gets_those_of_the_test_images():
 def test_a_side_that_is_too_short_is_refused(exported):
     with pytest.raises(AssertionError, match="33"):
         exported[1].module()(torch.zeros(1, 3, 64, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "size, stride, dilation", [(3, 2, 1), (3, 1, 1), (5, 2, 1), (1, 2, 1), ((3, 5), 1, 2)]
+)
+def test_tensorflows_padding_needs_no_sizes_where_the_stride_divides_them(size, stride, dilation):
+    torch.manual_seed(0)
+    conv = Conv2dSame(2, 3, size, stride=stride, dilation=dilation)
+    image = torch.randn(2, 2, 12, 20)
+    expected = conv(image)
+    conv.__class__ = EvenConv2d
+    torch.testing.assert_close(conv(image), expected)

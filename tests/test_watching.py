@@ -20,7 +20,9 @@ import burnin
 import distill
 import engine
 from data import Views, seed_of
+from health import count_right, health, health_lines
 from model import Prediction
+from setting import scaled_to_batch
 
 SMALL = "--crop 64,64 --num-queries 5 --hidden-dim 32 --encoder-ffn 32 --decoder-layers 1 --decoder-ffn 32 "
 SMALL += "--num-points 32 --batch 2 --log-every 1 --device cpu --ratio 0.5"
@@ -164,7 +166,7 @@ def test_scaling_to_a_batch_changes_what_flags_leave_open():
 def test_as_many_images_are_seen_and_the_teacher_is_as_many_images_behind():
     paper = parse("--data", "coco")
     for batch in (1, 2, 4, 32, 64):
-        other = burnin.scaled_to_batch(paper, batch)
+        other = scaled_to_batch(paper, batch)
         images = [batch * steps for steps in other["steps"]]
         assert images == pytest.approx([16 * steps for steps in paper.steps], rel=1e-3)
         one_image = other["ema_decay"] ** (1 / batch)
@@ -266,14 +268,14 @@ TRUTH = {"labels": torch.tensor([0, 1]), "masks": masks([1, 1, 1, 1, 0, 0, 0, 0]
     ],
 )
 def test_a_pseudo_label_is_right_if_it_is_the_first_to_find_an_object_of_its_class(found, expected):
-    assert burnin.count_right(found, TRUTH) == pytest.approx(expected)
+    assert count_right(found, TRUTH) == pytest.approx(expected)
 
 
 def test_nothing_to_find_and_nothing_found():
     none = {"labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros((0, 1, 8), dtype=torch.bool)}
     nothing = none | {"scores": torch.zeros(0)}
-    assert burnin.count_right(nothing, TRUTH) == (0, 0.0) == burnin.count_right(nothing, none)
-    assert burnin.count_right(pseudo([0], [0.9], [1] * 8), none) == (0, 0.0)
+    assert count_right(nothing, TRUTH) == (0, 0.0) == count_right(nothing, none)
+    assert count_right(pseudo([0], [0.9], [1] * 8), none) == (0, 0.0)
 
 
 class Oracle(nn.Module):
@@ -304,16 +306,16 @@ def test_health_measures_on_hidden_labels(shapes, tmp_path):
     setting = burnin.Setting(parse(*flags.split(), script=burnin))
     hidden = sorted(set(setting.train.image_ids) - set(setting.labelled))
     oracle = Oracle(setting, hidden)
-    result = burnin.health(oracle, setting)
+    result = health(oracle, setting, burnin.teacher_labels)
     assert oracle.training, "as it was before"
     assert result["images"] == len(hidden) == 6 and result["score"] == pytest.approx(1)
     assert result["precision"] == pytest.approx(100) == result["mask_iou"] and result["recall"] > 90
-    missing = burnin.health(Oracle(setting, hidden, miss=1), setting)
+    missing = health(Oracle(setting, hidden, miss=1), setting, burnin.teacher_labels)
     assert missing["precision"] == pytest.approx(100) and missing["recall"] < result["recall"]
     assert missing["kept"] == pytest.approx(result["kept"] - 1)
-    lines = burnin.health_lines(result)
+    lines = health_lines(result)
     assert "precision 100.0, recall" in lines[0] and "mask IoU 100.0" in lines[0] and "circle" in lines[1]
-    assert burnin.health_lines(result | {"kept": 0}) == ["  no pseudo-labels on 6 images"]
+    assert health_lines(result | {"kept": 0}) == ["  no pseudo-labels on 6 images"]
 
 
 def test_health_takes_images_without_objects(shapes, tmp_path):
@@ -326,7 +328,7 @@ def test_health_takes_images_without_objects(shapes, tmp_path):
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] != empty]
     file.write_text(json.dumps(content))
     setting = burnin.Setting(setting.cfg)
-    result = burnin.health(Oracle(setting, [empty, *others]), setting)
+    result = health(Oracle(setting, [empty, *others]), setting, burnin.teacher_labels)
     assert result["images"] == 6 and result["precision"] == pytest.approx(100)
 
 
@@ -336,12 +338,12 @@ def test_health_does_without_images_that_are_damaged(shapes, tmp_path):
     setting = burnin.Setting(parse(*flags.split(), script=burnin))
     for image_id in set(setting.train.image_ids) - set(setting.labelled):
         setting.train.path(image_id).write_bytes(b"no image")
-    result = burnin.health(nn.Identity(), setting)
+    result = health(nn.Identity(), setting, burnin.teacher_labels)
     assert result["images"] == result["kept"] == result["precision"] == 0
 
 
 def test_without_hidden_labels_health_tells_how_many_are_kept(shapes, tmp_path):
     flags = f"--data {shapes} --preset shapes {SMALL} --ratio 1 --out {tmp_path}"
     setting = burnin.Setting(parse(*flags.split(), script=burnin))
-    result = burnin.health(Oracle(setting, setting.train.image_ids), setting)
+    result = health(Oracle(setting, setting.train.image_ids), setting, burnin.teacher_labels)
     assert result["images"] == 12 and "precision" not in result and result["kept"] > 1
