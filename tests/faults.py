@@ -24,6 +24,7 @@ import data
 import distill
 import engine
 import evaluate
+import setting
 
 HERE = Path(__file__).parent
 os.environ["PYTHONPATH"] = f"{HERE.parent}{os.pathsep}{HERE}"  # where the server looks for modules
@@ -187,8 +188,8 @@ def slow_step(rank, phase, step):
 
 
 def streams_from_the_start(rank):
-    stream = burnin.stream
-    burnin.stream = lambda *arguments, first_step, **more: stream(*arguments, **more)
+    stream = setting.stream
+    setting.stream = lambda *arguments, first_step, **more: stream(*arguments, **more)
 
 
 def no_space(rank, phase, step):

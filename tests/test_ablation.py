@@ -62,9 +62,9 @@ def test_a_recipe_runs_once_and_the_papers_before_what_starts_from_it(ablation, 
 
 def test_a_record_that_was_cut_short_is_none_and_spoils_no_other(ablation, tmp_path):
     results = tmp_path / "results.jsonl"
-    results.write_text('{"data": "shapes", "ratio": 0.5, "seed": 3, "recipe": "labels-only"}\n{"data": ')
-    ablation.Ablation(tmp_path / "runs", results).run("shapes", 0.5, 3, "paper")
-    assert [record["recipe"] for record in ablation.read(results)] == ["labels-only", "paper"]
+    results.write_text('{"data": "shapes", "ratio": 0.5, "seed": 3, "recipe": "paper"}\n{"data": ')
+    ablation.Ablation(tmp_path / "runs", results).run("shapes", 0.5, 3, "labels-only")
+    assert [record["recipe"] for record in ablation.read(results)] == ["paper", "labels-only"]
 
 
 def test_a_run_whose_end_was_not_logged_is_refused(ablation, tmp_path):
