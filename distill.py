@@ -107,9 +107,8 @@ def summary(cfg: Config, setting: Setting) -> None:
         last = engine.load_checkpoint(out / "distill.pt")
     aps = {name: phase.get("ap") for name, phase in phases.items()}
     aps |= {"student": last["ap"], "EMA teacher": last["teacher_ap"]}
-    for name in ["teacher"] * bool(cfg.teacher) + ["burnt-in"] * bool(cfg.student):
-        aps.pop(name, None)  # if it has any, they may be of other images
-    aps = {name: ap for name, ap in aps.items() if ap}  # not those of a phase without a validation set
+    ones_own = {"teacher": cfg.teacher, "burnt-in": cfg.student}  # their AP may be of other images
+    aps = {name: ap for name, ap in aps.items() if ap and not ones_own.get(name)}
     if aps:
         number, by_class = len(setting.labelled), setting.num_classes <= 10
         say(f"\nmask AP on {len(setting.val)} images, after training with {number} labelled ones\n")
