@@ -352,54 +352,65 @@ def table(rows: dict) -> list[str]:
     return lines
 
 
-PHASES = {"teacher": 0, "labels_only": 0, "burnin": 1, "distill": 2}
-CURVES = {"paper": "C0", "unguided": "C1", "no-distillation": "C2", "labels-only": "C3"}
+CURVES = {
+    "paper": ("Guided Distillation", "C0"),
+    "unguided": ("unguided burn-in", "C1"),
+    "no-distillation": ("no distillation", "C2"),
+    "labels-only": ("labels only", "C3"),
+}
 
 
-def at_step(run: dict, name: str) -> dict:
-    """{step, counted from the beginning of phase 1: the value of this name}, of the phases that have it."""
-    t, b, d = run["steps"]
-    firsts = (0, t, t + b)
-    points = [(firsts[PHASES[point["phase"]]] + point["step"], point) for point in run["curve"]]
-    return {step: point[name] for step, point in points if name in point}
+def values_of(run: dict, phase: str, name: str) -> dict:
+    """{step, counted from the beginning of phase 1: the value of this name}"""
+    t, b, _ = run["steps"]
+    first = {"teacher": 0, "labels_only": 0, "burnin": t, "distill": t + b}[phase]
+    return {first + p["step"]: p[name] for p in run["curve"] if p["phase"] == phase and name in p}
 
 
-def draw(axis, runs: list[dict], name: str, **how) -> None:
-    """The mean over seeds, and a band of one standard deviation."""
-    curves = [at_step(run, name) for run in runs]
-    steps = sorted(set.intersection(*map(set, curves))) if curves else []
-    values = [[curve[step] for curve in curves] for step in steps]
-    means = [statistics.mean(row) for row in values]
-    spreads = [statistics.stdev(row) if len(row) > 1 else 0.0 for row in values]
-    axis.plot(steps, means, **how)
-    lower, upper = zip(*[(m - s, m + s) for m, s in zip(means, spreads)]) if steps else ((), ())
-    axis.fill_between(steps, lower, upper, color=how["color"], alpha=0.15, linewidth=0)
+def draw(axis, runs: list[dict], names: dict, label: str, colour: str) -> None:
+    """A line for each phase of names, {phase: name of the value}: the mean over seeds, and a band of one
+    standard deviation."""
+    for phase, name in names.items():
+        curves = [values_of(run, phase, name) for run in runs]
+        steps = sorted(set.intersection(*map(set, curves))) if curves else []
+        rows = [[curve[step] for curve in curves] for step in steps]
+        means = [statistics.mean(row) for row in rows]
+        spreads = [statistics.stdev(row) if len(row) > 1 else 0.0 for row in rows]
+        axis.plot(steps, means, ".-", color=colour, label=label if steps else None)
+        lower = [mean - spread for mean, spread in zip(means, spreads)]
+        upper = [mean + spread for mean, spread in zip(means, spreads)]
+        axis.fill_between(steps, lower, upper, color=colour, alpha=0.15, linewidth=0)
+        label = None if steps else label
 
 
 def figure(runs: list[dict], file: Path) -> None:
-    """AP over all phases, and how good the pseudo-labels are that a student in burn-in would give, guided and
-    unguided. runs: of one data set and ratio."""
+    """AP over all phases, and how good pseudo-labels are after a guided and an unguided burn-in: those that
+    the student in burn-in would give, then those that the EMA teacher gives. runs: of one data set and
+    ratio."""
     import matplotlib
 
-    matplotlib.use("svg")
+    matplotlib.use("agg")
     from matplotlib import pyplot
 
     of = {recipe: [run for run in runs if run["recipe"] == recipe] for recipe in RECIPES}
     t, b, d = of["paper"][0]["steps"]
-    left, *others = pyplot.subplots(1, 4, figsize=(14, 3.6), layout="constrained")[1]
-    for recipe, colour in CURVES.items():
-        draw(left, of[recipe], "ap", color=colour, label=recipe)
-    left.set(title="mask AP", xlabel="step")
-    for border in (t, t + b):
-        left.axvline(border, color="grey", linewidth=0.8, linestyle=":")
-    left.legend(fontsize=8)
-    for axis, name in zip(others, ("precision", "recall", "mask_iou")):
-        draw(axis, of["paper"], "student_" + name, color="C0", label="student, guided burn-in")
-        draw(axis, of["unguided"], "student_" + name, color="C1", label="student, unguided burn-in")
-        teacher = statistics.mean(at_step(run, name)[t] for run in of["paper"])
-        axis.axhline(teacher, color="C3", linestyle="--", label="teacher")
-        axis.set(title=f"pseudo-labels: {name.replace('_', ' ')}", xlabel="step")
-    others[0].legend(fontsize=8)
+    axes = pyplot.subplots(1, 4, figsize=(14, 3.6), layout="constrained")[1]
+    for recipe, (label, colour) in CURVES.items():
+        phases = ("labels_only", "teacher", "burnin", "distill")
+        draw(axes[0], of[recipe], dict.fromkeys(phases, "ap"), label, colour)
+    axes[0].set_title("mask AP", fontsize=10)
+    for axis, name in zip(axes[1:], ("precision", "recall", "mask_iou")):
+        for recipe in ("paper", "unguided"):
+            draw(axis, of[recipe], {"burnin": f"student_{name}", "distill": name}, *CURVES[recipe])
+        teacher = statistics.mean(values_of(run, "teacher", name)[t] for run in of["paper"])
+        axis.axhline(teacher, color="grey", linestyle="--", label="teacher of phase 1")
+        axis.set_title(f"pseudo-labels: {name.replace('_iou', ' IoU')}, %", fontsize=10)
+    for axis in axes:
+        axis.set_xlabel("step")
+        for border in (t, t + b):
+            axis.axvline(border, color="grey", linewidth=0.8, linestyle=":")
+    for axis in axes[:2]:
+        axis.legend(fontsize=8)
     pyplot.savefig(file, dpi=110)
     pyplot.close()
 
