@@ -296,8 +296,9 @@ def results_of(run: dict) -> dict:
         rows = {"teacher": aps["teacher"], "burnt-in": aps["burnin"], "paper": aps["distill"]}
         return rows | {"paper, EMA teacher": last["distill"]["teacher_ap"]}
     if "distill" in aps and run["recipe"] != "frozen":  # whose teacher is the burnt-in student
-        ema = {run["recipe"] + ", EMA teacher": last["distill"]["teacher_ap"]}
-        return {run["recipe"]: aps["distill"], **ema}
+        more = {"unguided, burnt-in": aps["burnin"]} if run["recipe"] == "unguided" else {}
+        more[run["recipe"] + ", EMA teacher"] = last["distill"]["teacher_ap"]
+        return {run["recipe"]: aps["distill"], **more}
     return {run["recipe"]: run["curve"][-1]["ap"]}
 
 
@@ -331,8 +332,9 @@ LABELS |= {name: text for name, (text, _) in RECIPES.items()} | {"paper": "**Gui
 
 
 def label(row: str) -> str:
-    name, _, ema = row.partition(", ")
-    return "— its EMA teacher" if ema else LABELS[name]
+    name, _, part = row.partition(", ")
+    parts = {"EMA teacher": "— its EMA teacher", "burnt-in": "— its student before distillation"}
+    return parts[part] if part else LABELS[name]
 
 
 def table(rows: dict) -> list[str]:
