@@ -107,7 +107,8 @@ def test_files_and_flags_that_the_readme_names_exist():
     for name in re.findall(r"`(\w+/?\w*\.(?:py|md|txt|cff))`", README):
         assert (ROOT / name).exists() or (ROOT / "bench" / name).exists(), name
     known = {"--" + name.replace("_", "-") for name in distill.Config.__dataclass_fields__}
-    others = Path(evaluate.__file__).read_text() + (ROOT / "tools/check.py").read_text()
+    files = Path(evaluate.__file__), ROOT / "tools/check.py", ROOT / "bench/ablation.py"
+    others = "".join(file.read_text() for file in files)
     for flag in set(re.findall(r"`[^`\n]*?(--[a-z][a-z-]+)", README)):
         assert flag in known or f'"{flag}"' in others or flag in TORCHRUN, flag
 
