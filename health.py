@@ -1,6 +1,8 @@
 """How good pseudo-labels are: by the labels of training images that are not in the labelled split, from which
 nothing learns."""
 
+import textwrap
+
 import torch
 from torch import Tensor, nn
 
@@ -78,7 +80,8 @@ def shares(counts: Tensor, names: list[str]) -> dict:
 
 
 def health_lines(result: dict, most: int = 5) -> list[str]:
-    """What `health` found, for people; of the classes those whose shares differ most."""
+    """What `health` found, for people, in lines of 79 columns at most; of the classes those whose shares
+    differ most."""
     if not result["kept"]:
         return [f"  no pseudo-labels on {result['images']} images"]
     parts = [f"{result['kept']:.1f} an image, mean score {result['score']:.2f}"]
@@ -87,7 +90,9 @@ def health_lines(result: dict, most: int = 5) -> list[str]:
     ours, theirs = result["classes"], result["labelled_classes"]
     furthest = sorted(ours, key=lambda name: -abs(ours[name] - theirs[name]))[:most]
     classes = [f"{name} {100 * ours[name]:.0f} ({100 * theirs[name]:.0f})" for name in furthest]
-    return [
-        f"  pseudo-labels of {result['images']} images: {', '.join(parts)}".replace("mask_iou", "mask IoU"),
-        f"  their classes in percent (labelled): {', '.join(classes)}",
+    texts = [
+        f"pseudo-labels of {result['images']} images: {', '.join(parts)}".replace("mask_iou", "mask IoU"),
+        f"their classes in percent (labelled): {', '.join(classes)}",
     ]
+    how = dict(width=79, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+    return [line for text in texts for line in textwrap.wrap(text, **how)]
