@@ -193,12 +193,12 @@ class SetCriterion(nn.Module):
                 torch.cat([target[name] for target in targets]) if name in targets[0] else None
                 for name in ("masks", "weights", "pixel_weights")
             )
-            weights = torch.ones_like(labels) if weights is None else weights[objects]
+            weights = None if weights is None else weights[objects]
             loss_ce = self.class_losses(class_logits, layer, image, query, labels, weights)  # (T,)
             T, numbers = len(predictions), [[len(query) for query, _ in images] for images in zip(*pairs)]
             mask_logits = self.matched_masks(predictions, query, numbers)
             mask_losses = self.mask_losses(mask_logits, masks, objects, earlier, most, pixel_weights)
-            mask_losses = mask_losses * weights  # (2, G)
+            mask_losses = mask_losses if weights is None else mask_losses * weights  # (2, G)
             loss_mask, loss_dice = mask_losses.new_zeros(2, T).index_add(1, layer, mask_losses) / num_objects
 
         names = [f"_{t}" for t in range(T - 1)] + [""]
@@ -247,7 +247,9 @@ class SetCriterion(nn.Module):
         weights = self.class_weights[classes]  # (T, B, Q)
         losses = F.cross_entropy(class_logits.flatten(0, 2), classes.flatten(), reduction="none")
         losses = weights * losses.view_as(weights)
-        losses = losses.index_put((layer, image, query), losses[layer, image, query] * object_weights)
+        if object_weights is not None:
+            matched = layer, image, query
+            losses = losses.index_put(matched, losses[matched] * object_weights)
         return losses.sum((1, 2)) / weights.sum((1, 2)).clamp(min=1e-6)
 
     def mask_losses(self, mask_logits, masks, objects, earlier, most, pixel_weights=None):

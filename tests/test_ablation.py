@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -31,6 +32,7 @@ def ablation(tmp_path, monkeypatch):
         module.commands.append(Path(words[1]).name)
         stdout.write(run(*words[1:]).stdout)
 
+    module.real_call = module.Ablation.call
     monkeypatch.setattr(module.Ablation, "call", call)
     return module
 
@@ -77,6 +79,23 @@ def test_a_run_whose_end_was_not_logged_is_refused(ablation, tmp_path):
     (tmp_path / "results.jsonl").unlink()
     with pytest.raises(RuntimeError, match="lacks the end of the run"):
         ablation.Ablation(tmp_path / "runs", tmp_path / "results.jsonl").run("shapes", 0.5, 3, "labels-only")
+
+
+def test_the_script_runs_a_recipe_as_a_command_and_writes_the_page(ablation, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation.Ablation, "call", ablation.real_call)
+    monkeypatch.setattr(ablation, "RESULTS", tmp_path / "ablation.jsonl")
+    monkeypatch.setattr(ablation, "PAGE", tmp_path / "ABLATION.md")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        flags = ["--recipes", "labels-only", "--seeds", "3", "--ratio", "0.5"]
+        for arguments in ([*flags, "--runs", str(tmp_path / "runs")], ["--tables"]):
+            monkeypatch.setattr(sys, "argv", ["ablation.py", *arguments])
+            ablation.main()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert "labels_only done" in (tmp_path / "runs/shapes-0.5-3/labels-only/log").read_text()
+    assert "| labels only, for the steps of all phases | " in (tmp_path / "ABLATION.md").read_text()
 
 
 def test_a_command_that_fails_is_an_error_and_after_a_stop_nothing_begins(ablation, tmp_path, monkeypatch):

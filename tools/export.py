@@ -147,7 +147,8 @@ class EvenConv2d(Conv2dSame):
 
 @torch.no_grad()
 def trace(detector: Detector, test_sizes: tuple[int, int]) -> tuple[torch.export.ExportedProgram, str]:
-    """The program and, in words, the images that it takes."""
+    """The program and, in words, the images that it takes. The detector's convolutions with TensorFlow's
+    padding become EvenConv2d."""
     for module in detector.modules():
         if type(module) is Conv2dSame:
             module.__class__ = EvenConv2d
