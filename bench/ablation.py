@@ -488,8 +488,8 @@ def main():
         jobs = [
             pool.submit(ablation.run, flags.data, ratio, seed, recipe)
             for ratio in flags.ratio
+            for recipe in flags.recipes  # first the paper's of all seeds: others wait for its checkpoints
             for seed in flags.seeds
-            for recipe in flags.recipes
         ]
         errors = [job.exception() for job in jobs]
     if any(errors):
