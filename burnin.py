@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 import engine
 from data import DataError
-from engine import Run, autocast, knob, say
+from engine import Run, autocast, say
 from evaluate import ap_line, load_model, sheet
+from flags import check_ranges, knob, user_errors
 from health import health, health_lines
 from matcher import SetCriterion
 from model import Prediction
@@ -176,7 +177,7 @@ class Config:
         for name, numbers in threes.items():
             if len(numbers) != 3 and (numbers or name == "loss-weights"):
                 raise ValueError(f"--{name} must be three numbers, found {numbers}")
-        engine.check_ranges(self)
+        check_ranges(self)
         self.num_queries = self.num_queries or (200 if self.backbone == "swin_l" else 100)
         share = Path(self.split).stem or f"{self.ratio:g}"
         self.out = self.out or f"runs/{Path(self.data).resolve().name}-{share}"
@@ -468,9 +469,9 @@ def main(cfg: Config, setting: Setting) -> None:
 
 
 if __name__ == "__main__":
-    with engine.user_errors():
+    with user_errors():
         cfg = parse(Config, PRESETS, None, __doc__)
         setting = Setting(cfg)
         setting.show(PRESETS)
-    with engine.user_errors(DataError):
+    with user_errors(DataError):
         main(cfg, setting)

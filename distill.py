@@ -22,9 +22,11 @@ from torch import nn
 import burnin
 import engine
 from burnin import guided_step
+from checkpoints import load_checkpoint
 from data import DataError
-from engine import Run, knob, say
+from engine import Run, say
 from evaluate import ap_line, ap_table, check_classes, load_model, sheet
+from flags import knob, user_errors
 from setting import Setting, load_teacher, parse
 
 
@@ -87,7 +89,7 @@ def distill(cfg: Config, setting: Setting) -> None:
 
 def load_student(cfg: Config, setting: Setting) -> dict:
     """The checkpoint of phase 2 with which phase 3 begins: this run's, or one's own of the same model."""
-    start = engine.load_checkpoint(cfg.student or Path(cfg.out) / "burnin.pt")
+    start = load_checkpoint(cfg.student or Path(cfg.out) / "burnin.pt")
     check_classes(start, setting.train.class_names)
     for name, value in setting.model_args.items():
         if start["model_args"][name] != value:
@@ -99,12 +101,12 @@ def load_student(cfg: Config, setting: Setting) -> dict:
 def summary(cfg: Config, setting: Setting) -> None:
     """The table of all phases, a picture of teacher and student on the same images, and the report."""
     out, device = Path(cfg.out), setting.device
-    with engine.user_errors():  # an earlier phase's file may be gone
+    with user_errors():  # an earlier phase's file may be gone
         phases = {} if cfg.student else {"teacher": load_teacher(cfg, setting)}
         if (out / "labels_only.pt").exists():
-            phases["labels only"] = engine.load_checkpoint(out / "labels_only.pt")
+            phases["labels only"] = load_checkpoint(out / "labels_only.pt")
         phases["burnt-in"] = load_student(cfg, setting)
-        last = engine.load_checkpoint(out / "distill.pt")
+        last = load_checkpoint(out / "distill.pt")
     aps = {name: phase.get("ap") for name, phase in phases.items()}
     aps |= {"student": last["ap"], "EMA teacher": last["teacher_ap"]}
     ones_own = {"teacher": cfg.teacher, "burnt-in": cfg.student}  # their AP may be of other images
@@ -136,12 +138,12 @@ def write_report(out: Path, setting: Setting, aps: dict, rows: list, names: list
 
 
 def main(cfg: Config) -> None:
-    with engine.user_errors():
+    with user_errors():
         setting = Setting(cfg, last="distill")
         if cfg.student:
             load_student(cfg, setting)  # a wrong file is refused before anything is trained
         setting.show(PRESETS)
-    with engine.user_errors(DataError):
+    with user_errors(DataError):
         if cfg.labels_only or not (cfg.student or setting.finished["distill"]):
             burnin.main(cfg, setting)
         if cfg.labels_only:
@@ -156,7 +158,7 @@ def main(cfg: Config) -> None:
 
 
 def cli(argv=None) -> None:
-    with engine.user_errors():
+    with user_errors():
         cfg = parse(Config, PRESETS, argv, __doc__)
     main(cfg)
 

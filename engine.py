@@ -1,31 +1,23 @@
-"""What every phase shares and no phase is about: flags, processes, optimiser, schedule, checkpoints, logs.
+"""What every phase shares and no phase is about: processes, optimiser, schedule, steps, logs.
 
 Runs alike in one process (`python script.py`) and in many (`torchrun --nproc_per_node=8 script.py`). This
 file knows nothing of the method."""
 
-import argparse
 import atexit
 import contextlib
 import ctypes
 import dataclasses
-import difflib
-import errno
-import fcntl
 import functools
 import json
 import math
 import os
 import platform
-import re
 import resource
 import shlex
-import shutil
 import signal
-import socket
 import sys
 import textwrap
 import time
-import zipfile
 from datetime import timedelta
 from pathlib import Path
 
@@ -36,127 +28,9 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from checkpoints import newest, save_checkpoint, step_files
 from data import seed_of
-
-FORMAT = 1  # of a checkpoint
-
-# ----------------------------------------------------------------------------------------------------- flags
-
-
-def knob(default, help: str, least: float = 0, most: float = math.inf, group: str = ""):
-    """A field of a Config: its default, a sentence with unit and reason, which --help shows, and the range of
-    its numbers. group: the heading in --help under which it stands with those that follow."""
-    return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), "group": group})
-
-
-def check_ranges(cfg) -> None:
-    """Raises ValueError for a number of a Config that is not in its range, or infinite."""
-    for field in dataclasses.fields(cfg):
-        value, (least, most) = getattr(cfg, field.name), field.metadata["range"]
-        for number in value if isinstance(value, tuple) else [value]:
-            if isinstance(number, (int, float)) and not (least <= number <= most and abs(number) < math.inf):
-                limits = f"at least {least:g}" + f" and at most {most:g}" * (most < math.inf)
-                raise ValueError(f"--{field.name.replace('_', '-')} must be {limits}, found {number}")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
-
-    def __init__(self, description, **more):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **more)
-
-    def error(self, message):
-        if message.startswith("unrecognized"):
-            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            near = difflib.get_close_matches(message.split()[2].split("=")[0], flags, n=1)
-            message += f"; did you mean {near[0]}?" if near else "."
-            message += f" Valid flags: {' '.join(flags)}"
-        refuse(message)
-
-
-def parse_config(config_class, presets: dict, argv=None, description=None):
-    """A config_class from its defaults, then the preset, then the flags. Every field is a flag; presets
-    name values of fields.
-
-    The preset is the one that --preset names, or that of the data set, or "coco" for a folder of one's own.
-    """
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
-    first = Parser(None, add_help=False)  # the preset comes first: --help shows its values
-    for name in ("data", "preset"):
-        first.add_argument(f"--{name}")
-    chosen = first.parse_known_args(argv)[0]
-    data = chosen.data or fields["data"].default
-    preset = chosen.preset or (data if data in presets else "coco")
-    if preset not in presets:
-        refuse(f"unknown preset {preset!r}: one of {', '.join(presets)}")
-    parser = Parser(description, epilog=f"In brackets: the values of the preset {preset!r}.")
-    for name, field in fields.items():
-        kind = {tuple: _values, bool: _boolean, dict: _json, list: str}.get(field.type, field.type)
-        more = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(field.type, {})
-        value = presets[preset].get(name, field.default)
-        default = f" [{shown(value)}]" if value not in ("", None, ()) else ""
-        text = (field.metadata["help"] + default).replace("%", "%%")
-        if field.metadata["group"]:
-            group = parser.add_argument_group(field.metadata["group"])
-        group.add_argument("--" + name.replace("_", "-"), type=kind, metavar="", help=text, **more)
-    flags = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    return config_class(**{**presets[preset], **flags, "preset": preset})
-
-
-def shown(value) -> str:
-    """As it is written in a command."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _values(text: str) -> tuple:
-    """ "1,2.5" -> (1, 2.5)"""
-    try:
-        numbers = [float(part) for part in text.split(",") if part]
-        return tuple(int(number) if number.is_integer() else number for number in numbers)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"numbers with commas between, found {text!r}") from None
-
-
-def _json(text: str) -> dict:
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise argparse.ArgumentTypeError(f"an object in JSON, found {text!r} ({error})") from None
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"true or false, found {text!r}")
-    return text.lower() == "true"
-
-
-def refuse(message, code: int = 2) -> None:
-    """Ends the program with one line. Exit codes: 0 done; 1 a bug, which alone shows a traceback, or another
-    process ended first; 2 what a user can put right; 3 losses that stay infinite or NaN; 143 a signal."""
-    process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
-    print(f"error{process}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
-@contextlib.contextmanager
-def user_errors(kinds=(ValueError, OSError)):
-    """Around what reads a user's flags and files: an error of these kinds there is theirs to put right, not a
-    bug. Nor is the end of another process, or of one that loads data."""
-    try:
-        yield
-    except kinds as error:
-        refuse(error)
-    except RuntimeError as error:
-        if re.match(r"DataLoader (worker \(pid|timed out)", str(error)):
-            advice = "fewer --workers need less memory, --loader-timeout is for slow disks"
-            refuse(f"loading data: {error}; {advice}")
-        if re.search(r"Connection (closed|reset) by peer|Broken pipe", str(error)):
-            refuse("another process has ended, see its message", code=1)
-        raise
-
+from flags import refuse, user_errors
 
 # ------------------------------------------------------------------------------------------------- processes
 
@@ -377,6 +251,9 @@ def join(parts: list, joined: dict | None = None):
     return joined[id(first)]
 
 
+MOST_SKIPPED = 10  # steps in a row whose gradient is not finite
+
+
 class Run:
     """One phase of training: `for step in run:` sets seed and learning rate before the body, and logs and
     saves after it. In the body, `run.update(loss, ...)` makes the optimiser's step; `run.log(shown, ...)`
@@ -413,27 +290,8 @@ class Run:
             self.optimizer.load_state_dict(optimizer_state)
             for group, ours in zip(self.optimizer.param_groups, groups):
                 group.update(ours)
-        self.first_step = self.saved = self.step = 0
-        path, checkpoint = newest(self.out, phase)
-        if checkpoint:
-            self.model.load_state_dict(checkpoint["student"])
-            if teacher is not None:
-                teacher.load_state_dict(checkpoint["teacher"])
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
-            self.first_step = self.saved = checkpoint["step"]
-            self.step = self.first_step - 1  # the last one that was made
-            say(f"{phase}: resumed at step {self.first_step} of {steps} from {path}")
-            if checkpoint["world_size"] != world_size():
-                change = f"{checkpoint['world_size']} processes before, {world_size()} now"
-                warn(f"{change}: the images of each step stay the same, random points and rounding do not")
-        if world_size() > 1 and device.type == "cuda":
-            self.model = timm.layers.convert_sync_batchnorm(student)
-        self.student = InParts(self.model, cfg.accumulate) if cfg.accumulate > 1 else self.model
-        if world_size() > 1:
-            ids = [device.index] if device.type == "cuda" else None
-            self.student = nn.parallel.DistributedDataParallel(self.student, device_ids=ids)
-            if device.type == "cpu":
-                self.student.register_comm_hook(None, one_by_one)
+        self._go_on()
+        self._distribute()
         self.values, self.counts, self.means = {}, {}, {}  # means: of the last log line
         self.shown = []  # names of what stands in it
         self.board = None  # TensorBoard's
@@ -446,6 +304,35 @@ class Run:
         self.finite_statistics = [value.clone() for value in self.statistics]  # of the last step that counted
         self.paused = 0.0  # seconds of evaluations since the last log line
         self.warned = False  # of what the log shows
+
+    def _go_on(self) -> None:
+        """Takes the place of a run of this phase that was stopped, if there was one."""
+        self.first_step = self.saved = self.step = 0
+        path, checkpoint = newest(self.out, self.phase, warn)
+        if not checkpoint:
+            return
+        self.model.load_state_dict(checkpoint["student"])
+        if self.teacher is not None:
+            self.teacher.load_state_dict(checkpoint["teacher"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.first_step = self.saved = checkpoint["step"]
+        self.step = self.first_step - 1  # the last one that was made
+        say(f"{self.phase}: resumed at step {self.first_step} of {self.steps} from {path}")
+        if checkpoint["world_size"] != world_size():
+            change = f"{checkpoint['world_size']} processes before, {world_size()} now"
+            warn(f"{change}: the images of each step stay the same, random points and rounding do not")
+
+    def _distribute(self) -> None:
+        """The model over the parts of a batch and over processes."""
+        on_gpus = self.device.type == "cuda"
+        if world_size() > 1 and on_gpus:
+            self.model = timm.layers.convert_sync_batchnorm(self.model)
+        self.student = self.model if self.cfg.accumulate == 1 else InParts(self.model, self.cfg.accumulate)
+        if world_size() > 1:
+            ids = [self.device.index] if on_gpus else None
+            self.student = nn.parallel.DistributedDataParallel(self.student, device_ids=ids)
+            if not on_gpus:
+                self.student.register_comm_hook(None, one_by_one)
 
     def __iter__(self):
         global stop_at_once
@@ -569,21 +456,19 @@ class Run:
 
     def save(self, path, step, **results) -> None:
         if rank() == 0:
-            save_checkpoint(
-                path,
-                {
-                    "format": FORMAT,
-                    "phase": self.phase,
-                    "step": step,
-                    "world_size": world_size(),
-                    "config": dataclasses.asdict(self.cfg),
-                    "student": self.model.state_dict(),
-                    "teacher": self.teacher.state_dict() if self.teacher is not None else None,
-                    "optimizer": self.optimizer.state_dict(),
-                    **self.describe,
-                    **results,
-                },
-            )
+            checkpoint = {
+                "phase": self.phase,
+                "step": step,
+                "world_size": world_size(),
+                "config": dataclasses.asdict(self.cfg),
+                "student": self.model.state_dict(),
+                "teacher": self.teacher.state_dict() if self.teacher is not None else None,
+                "optimizer": self.optimizer.state_dict(),
+                **self.describe,
+                **results,
+            }
+            with user_errors(OSError):
+                save_checkpoint(path, checkpoint)
 
     def finish(self, **results) -> None:
         """Writes the phase's final checkpoint; results go into it and into metrics.jsonl."""
@@ -595,6 +480,9 @@ class Run:
             for old in step_files(self.out, self.phase):
                 old.unlink()
         wait_for_all()
+
+
+# ------------------------------------------------------------------------------------------------------- logs
 
 
 class ProgressLine:
@@ -701,127 +589,3 @@ def duration(seconds: float) -> str:
     if hours >= 100:
         return f"{hours // 24}d{hours % 24:02}h"
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
-
-
-# ----------------------------------------------------------------------------------------------- checkpoints
-
-
-# What may differ between a run and the one that goes on from its checkpoints.
-BOOKKEEPING = {"root", "out", "preset", "workers", "device", "labels_only", "loader_timeout", "keep"}
-BOOKKEEPING |= {"accumulate", "log_every", "save_every", "eval_every", "tensorboard", "scale_to_batch"}
-ENTRIES = ("format", "phase", "step", "world_size", "config", "model_args", "student", "teacher", "optimizer")
-MOST_SKIPPED = 10  # steps in a row whose gradient is not finite
-
-
-def finished(cfg, phase: str, **same) -> bool:
-    """Whether out/<phase>.pt is there. Raises ValueError if it, or what is left of a run cut short, was made
-    with other settings, or has other values than `same`."""
-    final = Path(cfg.out) / f"{phase}.pt"
-    try:
-        whole = load_checkpoint(final) if final.exists() else None
-    except ValueError as error:
-        raise ValueError(f"{error}; remove it to run its phase again") from None
-    for path, checkpoint in ((final, whole), newest(cfg.out, phase)):
-        if checkpoint:
-            before = checkpoint["config"] | {name: checkpoint.get(name) for name in same}
-            now = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in same} | same
-            for name in now:  # flags first, then what follows from them
-                if name in before.keys() - BOOKKEEPING and before[name] != now[name]:
-                    change = f"{name} {before[name]!r}, now {now[name]!r}"
-                    raise ValueError(f"{path} was made with other settings ({change}); choose another --out")
-    return final.exists()
-
-
-def step_files(out, phase: str) -> list[Path]:
-    """Newest first."""
-    return sorted(Path(out).glob(f"{phase}.step-*.pt"), reverse=True)
-
-
-def newest(out, phase: str) -> tuple:
-    """Path and content of the newest checkpoint of a phase that is whole, (None, None) if it has none. Raises
-    ValueError if it has some and all are damaged."""
-    files = step_files(out, phase)
-    for path in files:
-        try:
-            return path, load_checkpoint(path)
-        except ValueError as error:
-            warn(f"{error}; the one before it is tried")
-    if files:
-        raise ValueError(
-            f"all checkpoints {out}/{phase}.step-*.pt are damaged; remove them to begin the phase anew"
-        )
-    return None, None
-
-
-locks = {}  # open files by folder
-
-
-def lock(folder: Path) -> None:
-    """Makes a folder this process's own as long as it lives: the system gives it back however that ends.
-    Raises ValueError if another process has it, or if nothing can be written there."""
-    if folder in locks:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "a+")  # noqa: SIM115
-    except OSError as error:
-        raise ValueError(f"nothing can be written into --out {str(folder)!r}: {error.strerror}") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):  # not for a file system that knows no locks
-            file.seek(0)
-            raise ValueError(f"--out {str(folder)!r} is in use by {file.read()!r}; choose another") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    locks[folder] = file
-
-
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Whole or not at all, also if the machine fails: written to a temporary file, flushed to the disk,
-    renamed, and the name flushed too. Ends the program where the disk has no room."""
-    temporary = path.with_name(path.name.split(".")[0] + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as error:  # the latter is how torch says that the disk is full
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        reason = f"{shutil.disk_usage(path.parent).free:,} bytes are free there; {error}"
-        refuse(f"{path} cannot be written, what was saved before is untouched: {reason}")
-
-
-def load_checkpoint(path) -> dict:
-    """A checkpoint on the CPU; plain types only, nothing in it is executed. Raises ValueError for a file
-    that is damaged or not one of ours."""
-    try:
-        check_archive(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise ValueError(f"no checkpoint {str(path)!r}") from None
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise ValueError(f"{path} is not a checkpoint, or is damaged: {type(error).__name__}") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a checkpoint of this project, format {FORMAT}")
-    missing = [name for name in ENTRIES if name not in checkpoint]
-    if missing:
-        raise ValueError(f"{path} is not whole: it has no {missing[0]!r}")
-    return checkpoint
-
-
-def check_archive(path) -> None:
-    """Raises zipfile.BadZipFile for a file of torch.save with a wrong checksum, which torch does not look at,
-    or with more in it than the file is long."""
-    with zipfile.ZipFile(path) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(path):
-            raise zipfile.BadZipFile("compressed")
-        damaged = archive.testzip()
-    if damaged:
-        raise zipfile.BadZipFile(damaged)

@@ -29,6 +29,7 @@ from tqdm import tqdm
 import cityscapes
 import engine
 from data import CocoDataset, DataError, find_data, test_size, to_rle, to_tensor
+from flags import Parser, user_errors
 from model import Mask2Former, resize
 from weights import read_weights
 
@@ -296,7 +297,7 @@ def check_classes(checkpoint: dict, class_names: list[str]) -> None:
 
 def arguments(argv=None):
     """The flags."""
-    parser = engine.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("checkpoint", help="ours, or the official Mask2Former's, or Hugging Face's")
     add("--device", default="", help="cuda, mps or cpu; default: the best there is")
@@ -333,7 +334,7 @@ def arguments(argv=None):
 
 def main(argv=None) -> None:
     flags = arguments(argv)
-    with engine.user_errors():
+    with user_errors():
         checkpoint = read_weights(flags.checkpoint)
         cfg = {"data": None, "test_short_side": 800, "test_long_side": 1333} | checkpoint.get("config", {})
         device = engine.start_processes(flags.device, flags.precision or cfg.get("precision", ""))
@@ -358,10 +359,10 @@ def main(argv=None) -> None:
         if checkpoint[which] is not None:
             name = "teacher" if checkpoint.get("phase") == "teacher" else which  # phase 1 trains the teacher
             models[name] = load_model(checkpoint, which, device)
-    with engine.user_errors(DataError):
+    with user_errors(DataError):
         aps = {which: evaluate(model, dataset, device, **sizes) for which, model in models.items()}
     engine.say(ap_table(aps))
-    with engine.user_errors():
+    with user_errors():
         if engine.rank() == 0 and flags.json:
             Path(flags.json).write_text(json.dumps(aps, indent=1))
         if engine.rank() == 0 and flags.picture:

@@ -4,12 +4,14 @@ images, and what is said of them at the start.
 `parse` makes a Config (burnin.py, distill.py) of preset and flags, `Setting` all that follows from it. What
 a user got wrong is found here, before anything is trained."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
 
 import cityscapes
 import engine
+from checkpoints import load_checkpoint, lock, newest
 from data import (
     Pool,
     View,
@@ -24,6 +26,7 @@ from data import (
 )
 from engine import say
 from evaluate import check_classes, evaluate, is_cityscapes, pictures
+from flags import parse_config, shown, user_errors
 from matcher import SetCriterion
 from model import Mask2Former
 from weights import initialise, read_weights
@@ -31,12 +34,12 @@ from weights import initialise, read_weights
 
 def parse(config_class, presets: dict, argv=None, description=None):
     """A Config from preset and flags, and with --scale-to-batch from what of the preset fits --batch."""
-    cfg = engine.parse_config(config_class, presets, argv, description)
+    cfg = parse_config(config_class, presets, argv, description)
     if not cfg.scale_to_batch:
         return cfg
     reference = config_class(**presets[cfg.preset])
     presets = {**presets, cfg.preset: presets[cfg.preset] | scaled_to_batch(reference, cfg.batch)}
-    return engine.parse_config(config_class, presets, argv, description)
+    return parse_config(config_class, presets, argv, description)
 
 
 def scaled_to_batch(reference, batch: int) -> dict:
@@ -76,7 +79,7 @@ class Setting:
         self.view = View(cfg.crop, cfg.scale, cfg.short_side, colour=cfg.colour, blur=cfg.blur)
         engine.lr_factor(cfg.schedule, progress=0.0)
         self.finished = {  # read once: checkpoints are large
-            phase: engine.finished(cfg, phase, split=self.describe["split"])
+            phase: finished(cfg, phase, split=self.describe["split"])
             for phase in ("teacher", "burnin", "distill", "labels_only")
         }
         if cfg.teacher:
@@ -91,7 +94,7 @@ class Setting:
             files = dict(train_json=cfg.train_json, val_json=cfg.val_json, images=cfg.image_folder)
             self.train, self.val = load_data(cfg.data, cfg.root or None, **files)
             if engine.rank() == 0:
-                engine.lock(Path(cfg.out))
+                lock(Path(cfg.out))
         names = self.train.class_names
         if self.val and self.val.class_names != names:
             raise ValueError(f"training has the classes {names}, validation {self.val.class_names}")
@@ -135,13 +138,16 @@ class Setting:
 
     def show(self, presets: dict) -> None:
         """The start banner, and warnings. presets: those of the program."""
-        cfg, steps = self.cfg, [f"{number:,}" for number in self.cfg.steps]
+        cfg = self.cfg
+        phases = list(zip(cfg.steps, ("teacher burn-in", "guided burn-in", "distillation")))
+        ones_own = 2 if getattr(cfg, "student", "") else 1 if cfg.teacher else 0
+        steps = ", ".join(f"{number:,} {phase}" for number, phase in phases[ones_own:])
         batch = f"{cfg.batch} labelled and {cfg.batch} unlabelled images a step, lr {cfg.lr:.3g}"
         reference = type(cfg)(**presets[cfg.preset])
         if cfg.batch != reference.batch and not cfg.scale_to_batch:
             fitting = scaled_to_batch(reference, cfg.batch)
             fitting = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in fitting.items()}
-            new = ", ".join(f"--{name.replace('_', '-')} {engine.shown(v)}" for name, v in fitting.items())
+            new = ", ".join(f"--{name.replace('_', '-')} {shown(v)}" for name, v in fitting.items())
             batch += f", the preset is for {reference.batch}, --scale-to-batch would take {new}"
         engine.banner(
             cfg.out,
@@ -153,9 +159,7 @@ class Setting:
             model=f"Mask2Former, {cfg.backbone}, {cfg.num_queries} queries, {self.num_parameters / 1e6:.1f} "
             "million parameters",
             batch=batch,
-            steps=f"{sum(cfg.steps):,} on labels only"
-            if cfg.labels_only
-            else f"{steps[0]} teacher burn-in, {steps[1]} guided burn-in, {steps[2]} distillation",
+            steps=f"{sum(cfg.steps):,} on labels only" if cfg.labels_only else steps,
         )
         for warning in self.warnings():
             say(f"warning: {warning}")
@@ -188,7 +192,7 @@ class Setting:
         """ImageNet backbone (or random), random decoders, drawn from (seed, name); or what --init has."""
         torch.manual_seed(seed_of(self.cfg.seed, "model", name))
         pretrained, weights = self.cfg.pretrained and not self.init, self.cfg.backbone_weights or None
-        with engine.user_errors():
+        with user_errors():
             model = Mask2Former(**self.model_args, pretrained=pretrained, backbone_weights=weights)
         if self.init:
             initialise(model, self.init)
@@ -243,8 +247,30 @@ class Setting:
 def load_teacher(cfg, setting) -> dict:
     """The checkpoint whose "student" is the teacher of phase 2: that of phase 1, or one's own, any model that
     knows the classes."""
-    checkpoint = (
-        read_weights(cfg.teacher) if cfg.teacher else engine.load_checkpoint(Path(cfg.out) / "teacher.pt")
-    )
+    checkpoint = read_weights(cfg.teacher) if cfg.teacher else load_checkpoint(Path(cfg.out) / "teacher.pt")
     check_classes(checkpoint, setting.train.class_names)
     return checkpoint
+
+
+# What may differ between a run and the one that goes on from its checkpoints.
+BOOKKEEPING = {"root", "out", "preset", "workers", "device", "labels_only", "loader_timeout", "keep"}
+BOOKKEEPING |= {"accumulate", "log_every", "save_every", "eval_every", "tensorboard", "scale_to_batch"}
+
+
+def finished(cfg, phase: str, **same) -> bool:
+    """Whether out/<phase>.pt is there. Raises ValueError if it, or what is left of a run cut short, was made
+    with other settings, or has other values than `same`."""
+    final = Path(cfg.out) / f"{phase}.pt"
+    try:
+        whole = load_checkpoint(final) if final.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it to run its phase again") from None
+    for path, checkpoint in ((final, whole), newest(cfg.out, phase, engine.warn)):
+        if checkpoint:
+            before = checkpoint["config"] | {name: checkpoint.get(name) for name in same}
+            now = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in same} | same
+            for name in now:  # flags first, then what follows from them
+                if name in before.keys() - BOOKKEEPING and before[name] != now[name]:
+                    change = f"{name} {before[name]!r}, now {now[name]!r}"
+                    raise ValueError(f"{path} was made with other settings ({change}); choose another --out")
+    return final.exists()

@@ -12,7 +12,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-import engine
+from checkpoints import check_archive
 from model import Mask2Former, convert_state_dict
 
 
@@ -125,7 +125,7 @@ def _read(path) -> dict:
                 content = safetensors.torch.load_file(path)
             elif first[:2] == b"PK" or TORCH_MAGIC in first:
                 if first[:2] == b"PK":
-                    engine.check_archive(path)
+                    check_archive(path)
                 content = torch.load(file, map_location="cpu", weights_only=True)
             else:
                 content = _tensors(_ArraysOnly(file, encoding="latin1").load())

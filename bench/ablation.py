@@ -30,7 +30,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import engine  # noqa: E402
+from checkpoints import load_checkpoint, lock  # noqa: E402
 
 RESULTS, PAGE = HERE / "ablation.jsonl", HERE / "ABLATION.md"
 
@@ -92,6 +92,17 @@ RECIPES = {
     ),
     "threshold-0.5": ("threshold 0.5", ["distill.py --teacher {teacher} --score-threshold 0.5"]),
     "threshold-0.7": ("threshold 0.7", ["distill.py --teacher {teacher} --score-threshold 0.7"]),
+    "lower-later": (
+        "threshold 0.7 in distillation alone",
+        ["distill.py --student {student} --score-threshold 0.7"],
+    ),
+    "unguided-lower-later": (
+        "unguided burn-in, and threshold 0.7 in distillation",
+        [
+            "burnin.py --teacher {teacher} --unsupervised-weight 0 --out {own}-start",
+            "distill.py --student {own}-start/burnin.pt --score-threshold 0.7",
+        ],
+    ),
     "weight-1": ("unsupervised weight 1", ["distill.py --teacher {teacher} --unsupervised-weight 1"]),
     "weight-4": ("unsupervised weight 4", ["distill.py --teacher {teacher} --unsupervised-weight 4"]),
     "weak-view": (
@@ -194,7 +205,7 @@ class Ablation:
         run |= {"steps": steps, "commands": commands, "hours": round(hours(own), 3)}
         run |= {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "curve": curve(own)}
         last = run["curve"][-1]
-        saved = engine.load_checkpoint(own / f"{last['phase']}.pt")["ap"]["AP"]
+        saved = load_checkpoint(own / f"{last['phase']}.pt")["ap"]["AP"]
         if abs(saved - last["ap"]) > 0.01:  # it was killed between saving and logging
             raise RuntimeError(f"{own}/metrics.jsonl lacks the end of the run; remove the folder")
         with self.lock:
@@ -483,7 +494,7 @@ def main():
         ablation = Ablation(flags.runs, flags.runs / "results.jsonl", QUICK)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ablation.stop)
-    engine.lock(flags.runs)
+    lock(flags.runs)
     with ThreadPoolExecutor(flags.jobs) as pool:
         jobs = [
             pool.submit(ablation.run, flags.data, ratio, seed, recipe)

@@ -208,7 +208,7 @@ def no_space(rank, phase, step):
 
 def nobody(rank):
     """Root may write everywhere."""
-    lock = engine.lock
+    lock = setting.lock
 
     def by_nobody(folder):
         if os.getuid() == 0:
@@ -216,7 +216,7 @@ def nobody(rank):
         print("fault: user", os.geteuid(), flush=True)
         lock(folder)
 
-    engine.lock = by_nobody
+    setting.lock = by_nobody
 
 
 def noisy_truth(rank):

@@ -12,8 +12,8 @@ from commands import ROOT, run
 from faults import TINY
 
 import burnin
+import checkpoints
 import distill
-import engine
 from shapes import write_shapes
 
 
@@ -52,13 +52,13 @@ def test_a_recipe_runs_once_and_the_papers_before_what_starts_from_it(ablation, 
     assert phases["unguided"] == ["burnin", "distill"]
     assert phases["refined"] == ["labels_only"] and phases["no-distillation"] == ["burnin"]
     assert [point["step"] for point in records["no-distillation"]["curve"]] == [2]
-    last = engine.load_checkpoint(tmp_path / "runs/shapes-0.5-3/paper/distill.pt")
+    last = checkpoints.load_checkpoint(tmp_path / "runs/shapes-0.5-3/paper/distill.pt")
     expected = last["ap"]["AP"], last["teacher_ap"]["AP"]
     found = ablation.results_of(records["paper"])
     assert (found["paper"], found["paper, EMA teacher"]) == pytest.approx(expected, abs=0.01)
     student = records["unguided"]["curve"][0]
     assert {"student_precision", "student_recall", "precision"} <= student.keys()
-    start = engine.load_checkpoint(tmp_path / "runs/shapes-0.5-3/unguided-start/burnin.pt")
+    start = checkpoints.load_checkpoint(tmp_path / "runs/shapes-0.5-3/unguided-start/burnin.pt")
     assert start["config"]["unsupervised_weight"] == 0
 
 

@@ -27,6 +27,7 @@ from commands import same
 from faults import TINY, Job
 from PIL import Image
 
+import checkpoints
 import engine
 from data import CocoDataset, DataError, Packed, View, Views, load_data, stream
 from matcher import SetCriterion
@@ -78,7 +79,7 @@ def differences(one, other, phases=PHASES) -> list[str]:
     """What is not bit-equal in two folders: weights, EMA teacher, optimiser, losses."""
     found = []
     for phase in phases:
-        a, b = (engine.load_checkpoint(out / f"{phase}.pt") for out in (one, other))
+        a, b = (checkpoints.load_checkpoint(out / f"{phase}.pt") for out in (one, other))
         names = ("student", "teacher", "optimizer", "step", "split")
         found += [f"{phase} {name}" for name in names if not same(a[name], b[name])]
     losses = [
@@ -117,9 +118,9 @@ def test_every_entry_of_a_checkpoint_is_needed(unseen, whole, tmp_path, tally):
     """Put back to what it was at the beginning of the phase, each one changes the result."""
     job = train(unseen, tmp_path / "cut", fault=("at_step", 0, "distill", 1, "SIGTERM"))
     assert job.wait() == [143], job.text()
-    [file, *_] = engine.step_files(tmp_path / "cut", "distill")
+    [file, *_] = checkpoints.step_files(tmp_path / "cut", "distill")
     assert file.name == "distill.step-0000002.pt"
-    before = engine.load_checkpoint(tmp_path / "cut/burnin.pt")
+    before = checkpoints.load_checkpoint(tmp_path / "cut/burnin.pt")
     put_back = {
         "student": before["student"],
         "teacher": before["student"],
@@ -132,8 +133,8 @@ def test_every_entry_of_a_checkpoint_is_needed(unseen, whole, tmp_path, tally):
         out = tmp_path / str(entry)
         shutil.copytree(tmp_path / "cut", out)
         if entry in put_back:
-            checkpoint = engine.load_checkpoint(file) | {entry: put_back[entry]}
-            engine.save_checkpoint(out / file.name, checkpoint)
+            checkpoint = checkpoints.load_checkpoint(file) | {entry: put_back[entry]}
+            checkpoints.save_checkpoint(out / file.name, checkpoint)
         job = train(unseen, out, fault=faults.get(entry, ()))
         assert job.wait() == [0] and "resumed at step" in job.text(), job.text()
         found = differences(whole(1), out, ["distill"])
@@ -142,13 +143,13 @@ def test_every_entry_of_a_checkpoint_is_needed(unseen, whole, tmp_path, tally):
     tally("negative controls: without an entry the result differs", wrong, len(put_back) + len(faults))
 
 
-@pytest.mark.parametrize("entry", engine.ENTRIES)
+@pytest.mark.parametrize("entry", checkpoints.ENTRIES)
 def test_a_checkpoint_without_an_entry_is_refused(whole, tmp_path, entry):
-    checkpoint = engine.load_checkpoint(whole(1) / "distill.pt")
+    checkpoint = checkpoints.load_checkpoint(whole(1) / "distill.pt")
     del checkpoint[entry]
     torch.save(checkpoint, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=entry if entry != "format" else "not a checkpoint of this project"):
-        engine.load_checkpoint(tmp_path / "a.pt")
+        checkpoints.load_checkpoint(tmp_path / "a.pt")
 
 
 def test_another_number_of_processes_goes_on_with_the_same_images(unseen, whole, tmp_path):
@@ -160,7 +161,7 @@ def test_another_number_of_processes_goes_on_with_the_same_images(unseen, whole,
     job = train(unseen, tmp_path, processes=2)
     assert job.wait() == [0, 0]
     assert "warning: 1 processes before, 2 now" in job.text(0)
-    end, other = (engine.load_checkpoint(out / "teacher.pt") for out in (whole(2), tmp_path))
+    end, other = (checkpoints.load_checkpoint(out / "teacher.pt") for out in (whole(2), tmp_path))
     assert not same(end["student"], other["student"])
     for name, value in end["student"].items():
         torch.testing.assert_close(other["student"][name], value, rtol=0, atol=0.01)
@@ -205,7 +206,7 @@ class Disk:
         self.dirty, self.renamed = set(), []
         self.real = os.fsync, os.replace, os.unlink
         os.fsync, os.replace, os.unlink = self.fsync, self.replace, self.unlink
-        engine.open = self.open
+        checkpoints.open = self.open
 
     def tick(self, name):
         self.names.append(name)
@@ -322,7 +323,7 @@ def test_a_save_cut_at_any_point_leaves_a_checkpoint_that_loads(tmp_path, tally,
 
         code = in_a_fork(cut)
         files = [*out.glob("phase.pt"), *out.glob("phase.step-*.pt")]
-        assert files and all(engine.load_checkpoint(file) for file in files), files
+        assert files and all(checkpoints.load_checkpoint(file) for file in files), files
         points += code == 9
     assert code == 0 and [file.name for file in files] == ["phase.pt"], "the final one alone is left"
     names = (out / "operations").read_text().split()
@@ -352,8 +353,8 @@ def damaged(content: bytes, rng) -> bytes:
 def test_a_thousand_damaged_checkpoints_are_detected(whole, tmp_path, tally):
     """Torch itself does not look at the checksums. A byte that changes nothing of what is read may pass."""
     save(tmp_path, [1])
-    [file] = engine.step_files(tmp_path, "phase")
-    content, sound = file.read_bytes(), engine.load_checkpoint(file)
+    [file] = checkpoints.step_files(tmp_path, "phase")
+    content, sound = file.read_bytes(), checkpoints.load_checkpoint(file)
     rng, refused, harmless, tried = random.Random(0), 0, 0, 0
     while tried < 1000:
         file.write_bytes(damaged(content, rng))
@@ -361,7 +362,7 @@ def test_a_thousand_damaged_checkpoints_are_detected(whole, tmp_path, tally):
             continue
         tried += 1
         try:
-            harmless += same(engine.load_checkpoint(file), sound)
+            harmless += same(checkpoints.load_checkpoint(file), sound)
         except ValueError as error:
             assert str(file) in str(error) and "\n" not in str(error)
             refused += 1
@@ -438,8 +439,8 @@ def test_signals_save_and_leave_at_once(data, tmp_path, tally):
             started = time.time()
             os.kill(job.processes[victim].pid, getattr(signal, name))
             left(job, [143] * processes, latency, started)
-            [file] = engine.step_files(out, "teacher")
-            done = engine.load_checkpoint(file)["step"]
+            [file] = checkpoints.step_files(out, "teacher")
+            done = checkpoints.load_checkpoint(file)["step"]
             assert 3 <= done < 100 and f"saved at step {done}" in job.text(0)
             saved += 1
     for name, steps, flags in (("SIGTERM", 5, ["--eval-every", 3]), ("SIGUSR1", 3, [])):
@@ -450,10 +451,10 @@ def test_signals_save_and_leave_at_once(data, tmp_path, tally):
         os.kill(job.processes[0].pid, getattr(signal, name))
         left(job, [143], latency, started)
         assert f"stopped by {name}" in job.text()
-        assert [file.name for file in engine.step_files(out, "teacher")] == ["teacher.step-0000003.pt"]
+        assert [file.name for file in checkpoints.step_files(out, "teacher")] == ["teacher.step-0000003.pt"]
         saved += 1
     out = tmp_path / "SIGTERM-1"
-    file = engine.step_files(out, "teacher")[0]
+    file = checkpoints.step_files(out, "teacher")[0]
     for name, victim, processes in (("SIGTERM", 0, 1), ("SIGUSR1", 1, 2)):
         job = Job(
             tmp_path / f"evaluate-{name}",
@@ -503,13 +504,13 @@ def test_a_step_that_is_not_finite_on_one_process_is_skipped_on_all(unseen, tmp_
     assert error.count(".png'") == 2 * 6 and "the gradient is not finite; the step is skipped" in job.text(0)
     steps = {
         state["step"].item()
-        for state in engine.load_checkpoint(tmp_path / "burnin.pt")["optimizer"]["state"].values()
+        for state in checkpoints.load_checkpoint(tmp_path / "burnin.pt")["optimizer"]["state"].values()
     }
     assert steps == {2.0}, "of the optimiser: two of four were skipped"
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert ["loss" in r for r in records if r.get("phase") == "burnin"][:4] == [True, False, False, True]
     for phase in PHASES:
-        checkpoint = engine.load_checkpoint(tmp_path / f"{phase}.pt")
+        checkpoint = checkpoints.load_checkpoint(tmp_path / f"{phase}.pt")
         assert all(value.isfinite().all() for value in checkpoint["student"].values())
 
 
@@ -520,7 +521,7 @@ def test_ten_of_them_in_a_row_end_the_run_and_the_last_good_checkpoint_stays(uns
     assert job.wait() == [3] * processes
     assert "10 such steps in a row; saved at step 4; a lower --lr" in job.text(0)
     assert "Traceback" not in job.text()
-    file = engine.step_files(tmp_path, "teacher")[0]
+    file = checkpoints.step_files(tmp_path, "teacher")[0]
     assert file.name == "teacher.step-0000004.pt"
     job = train(
         unseen, tmp_path, steps=30, processes=processes, fault=("at_step", 0, "teacher", 6, "SIGTERM")
@@ -726,8 +727,8 @@ def test_a_signal_to_the_launcher_saves_too(unseen, tmp_path, tally, name, code)
     latency = time.time() - started
     while holders(tmp_path / "run/lock"):
         time.sleep(0.02)
-    [file] = engine.step_files(tmp_path / "run", "teacher")
-    assert f"saved at step {engine.load_checkpoint(file)['step']}" in log.read_text()
+    [file] = checkpoints.step_files(tmp_path / "run", "teacher")
+    assert f"saved at step {checkpoints.load_checkpoint(file)['step']}" in log.read_text()
     assert "DataLoader" not in log.read_text()
     tally(f"{name} to the launcher, saved", 1, 1, f"after {latency:.1f} s")
 
@@ -904,7 +905,7 @@ def test_hostile_files_are_refused_and_nothing_is_executed(tmp_path, tally):
             pickle.loads((tmp_path / "checkpoints/pickle-4.pkl").read_bytes())
     trace.rmdir()
     for file in sorted((tmp_path / "checkpoints").iterdir()):
-        for read in (engine.load_checkpoint, read_weights):
+        for read in (checkpoints.load_checkpoint, read_weights):
             error = in_bounds(read, file)
             assert str(file) in error and "\n" not in error
             assert "BadZipFile" in error or file.name != "bomb.pt", "before it is unpacked"

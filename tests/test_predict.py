@@ -12,7 +12,7 @@ from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-import engine
+import checkpoints
 from data import CocoDataset, read_image
 from evaluate import find, load_model
 
@@ -22,12 +22,12 @@ IDS, NAMES = [3, 8, 21], ["cat", "dog", "cow"]
 @pytest.fixture
 def checkpoint(make_model, tmp_path):
     """The path of one with random weights, whose teacher is another model."""
-    entries = dict.fromkeys(engine.ENTRIES, 0)
+    entries = dict.fromkeys(checkpoints.ENTRIES, 0)
     config = {"test_short_side": 64, "test_long_side": 96, "score_threshold": 0.26, "min_area": 5}
-    entries |= {"format": engine.FORMAT, "model_args": TINY, "class_names": NAMES, "category_ids": IDS}
+    entries |= {"format": checkpoints.FORMAT, "model_args": TINY, "class_names": NAMES, "category_ids": IDS}
     models = {"student": make_model(0).state_dict(), "teacher": make_model(1).state_dict()}
     path = tmp_path / "distill.pt"
-    engine.save_checkpoint(path, {**entries, **models, "phase": "distill", "config": config})
+    checkpoints.save_checkpoint(path, {**entries, **models, "phase": "distill", "config": config})
     return path
 
 
@@ -56,7 +56,7 @@ def test_pictures_and_a_file_that_pycocotools_reads(checkpoint, photos, tmp_path
     found = truth.loadRes(str(out / "results.json"))
     evaluation = COCOeval(truth, found, "segm")
     evaluation.evaluate()
-    model = load_model(engine.load_checkpoint(checkpoint), "student", "cpu")
+    model = load_model(checkpoints.load_checkpoint(checkpoint), "student", "cpu")
     for number, file in files.items():
         image = read_image(file)
         expected = find(model, image, torch.device("cpu"), short_side=64, long_side=96)

@@ -10,10 +10,12 @@ from commands import run, same
 from torch import nn
 
 import burnin
+import checkpoints
 import distill
 import engine
 from data import CocoDataset, View, Views
 from evaluate import evaluate, main
+from flags import parse_config
 from matcher import SetCriterion
 from model import Mask2Former
 from shapes import write_shapes
@@ -92,14 +94,14 @@ def test_evaluate_prints_ap_of_student_and_teacher_by_size_and_class(tiny, finis
     for word in ("student", "teacher", "AP50", "AP75", "APs", "APm", "APl", "circle", "star"):
         assert word in printed
     aps = json.loads(file.read_text())
-    assert aps["student"] == engine.load_checkpoint(out / "distill.pt")["ap"]
-    assert aps["teacher"] == engine.load_checkpoint(out / "distill.pt")["teacher_ap"]
+    assert aps["student"] == checkpoints.load_checkpoint(out / "distill.pt")["ap"]
+    assert aps["teacher"] == checkpoints.load_checkpoint(out / "distill.pt")["teacher_ap"]
 
 
 def test_the_student_of_phase_2_is_fresh_and_phase_3_begins_with_two_copies(finished):
     out, _ = finished
     teacher, burnt_in, last = (
-        engine.load_checkpoint(out / f"{phase}.pt") for phase in ("teacher", "burnin", "distill")
+        checkpoints.load_checkpoint(out / f"{phase}.pt") for phase in ("teacher", "burnin", "distill")
     )
     assert same(burnt_in["teacher"], teacher["student"]), "the teacher of phase 2 must not change"
     assert not same(last["teacher"], burnt_in["student"]) and not same(last["teacher"], last["student"])
@@ -108,13 +110,13 @@ def test_the_student_of_phase_2_is_fresh_and_phase_3_begins_with_two_copies(fini
 
 
 SAVE_EVERY_RANK = """
-import torch, distill, engine
+import torch, distill, engine, flags
 original = engine.Run.finish
 def finish(run, **results):
     torch.save([run.model.state_dict(), run.teacher and run.teacher.state_dict(), results], f"{run.cfg.out}/{run.phase}.rank{engine.rank()}")
     original(run, **results)
 engine.Run.finish = finish
-distill.main(engine.parse_config(distill.Config, distill.PRESETS))
+distill.main(flags.parse_config(distill.Config, distill.PRESETS))
 """  # noqa: E501
 
 
@@ -132,7 +134,7 @@ def test_two_processes_end_with_the_same_weights(tiny, tmp_path):
 
 
 ONE_STEP = """
-import sys, torch, burnin, engine, matcher
+import sys, torch, burnin, engine, flags, matcher
 def grid(*size, device=None):  # the same points for every object, however the batch is divided
     side = int(size[-2] ** 0.5) + 1
     centres = (torch.arange(side) + 0.5) / side
@@ -142,7 +144,7 @@ class torch_with_grid:
     def __getattr__(self, name):
         return grid if name == "rand" else getattr(torch, name)
 matcher.torch = torch_with_grid()
-cfg = engine.parse_config(burnin.Config, burnin.PRESETS, sys.argv[2:])
+cfg = flags.parse_config(burnin.Config, burnin.PRESETS, sys.argv[2:])
 setting = burnin.Setting(cfg)
 run = engine.Run(cfg, "x", setting.fresh_model("student"), setting.device, 1, (0, 1))
 teacher = setting.fresh_model("teacher")
@@ -284,8 +286,9 @@ def test_distillation_from_a_student_of_ones_own_is_what_follows_its_burn_in(tin
     flags = ["--student", out / "burnin.pt", "--steps", "5"]
     printed = train(tiny, tmp_path, *flags, processes=1).stdout  # like that of `finished`
     assert "phase 2" not in printed and "phase 3" in printed and (tmp_path / "predictions.png").exists()
+    assert "guided burn-in" not in printed and "  steps     5 distillation\n" in printed
     assert "burnt-in" not in printed[printed.index("mask AP") :], "its AP may be of other images"
-    ours, theirs = (engine.load_checkpoint(folder / "distill.pt") for folder in (tmp_path, out))
+    ours, theirs = (checkpoints.load_checkpoint(folder / "distill.pt") for folder in (tmp_path, out))
     assert all(same(ours[name], theirs[name]) for name in ("student", "teacher", "optimizer"))
 
 
@@ -295,7 +298,7 @@ def test_distillation_from_a_student_of_ones_own_takes_its_moments_but_not_its_s
     out, _ = finished
     flags = ["--steps", "5,5,2", "--lr", "1e-6", "--backbone-lr-factor", "0.5", "--weight-decay", "0.25"]
     train(tiny, tmp_path, "--student", out / "burnin.pt", *flags)
-    optimizer = engine.load_checkpoint(tmp_path / "distill.pt")["optimizer"]
+    optimizer = checkpoints.load_checkpoint(tmp_path / "distill.pt")["optimizer"]
     assert {group["initial_lr"] for group in optimizer["param_groups"]} == {1e-6, 0.5e-6}
     assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0.0, 0.25}
     assert {state["step"].item() for state in optimizer["state"].values()} == {5 + 2}
@@ -317,7 +320,7 @@ def test_a_phase_that_was_killed_in_its_last_evaluation_goes_on_with_it(tiny, tm
         with pytest.raises(SystemExit):
             distill.cli(flags)
     assert (tmp_path / "teacher.step-0000001.pt").exists()
-    engine.locks.clear()
+    checkpoints.locks.clear()
     distill.cli(flags)
     assert (tmp_path / "distill.pt").exists()
 
@@ -368,7 +371,7 @@ def test_labels_only_trains_for_the_steps_of_all_phases(tiny, finished, tmp_path
 
 def test_a_flag_overrides_the_preset_and_the_preset_the_default():
     def parse(*flags):
-        return engine.parse_config(distill.Config, distill.PRESETS, flags)
+        return parse_config(distill.Config, distill.PRESETS, flags)
 
     assert parse("--data", "coco").lr == 1e-4 and parse().lr == distill.PRESETS["shapes"]["lr"]
     assert parse("--lr", "0.5").lr == 0.5
@@ -414,10 +417,10 @@ def test_a_checkpoint_that_is_damaged_or_foreign_is_named(tmp_path):
     for name, content in (("text.pt", b"hello"), ("empty.pt", b"")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
-            engine.load_checkpoint(tmp_path / name)
+            checkpoints.load_checkpoint(tmp_path / name)
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="not a checkpoint of this project"):
-        engine.load_checkpoint(tmp_path / "other.pt")
+        checkpoints.load_checkpoint(tmp_path / "other.pt")
 
 
 def test_four_images_are_learnt_by_heart(tmp_path):

@@ -16,15 +16,15 @@ from PIL import Image
 from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
-import engine
 from data import CocoDataset, DataError, Pool, find_data, labelled_split, listed_split, to_rle
 from evaluate import draw_instances
+from flags import Parser, user_errors
 
 SHOWN = 100  # problems of a kind that are listed
 
 
 def main(argv=None) -> None:
-    parser = engine.Parser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "data", help="a folder with instances_train.json and images/, or shapes, coco, cityscapes"
     )
@@ -42,7 +42,7 @@ def main(argv=None) -> None:
         "--sheet", default="sheet.png", help="where to write images with their masks [sheet.png]"
     )
     flags = parser.parse_args(argv)
-    with engine.user_errors():
+    with user_errors():
         files = {"train_json": flags.train_json, "val_json": flags.val_json, "images": flags.image_folder}
         found = find_data(flags.data, flags.root, **files)
         parts = [CocoDataset(*arguments, strict=False) if arguments else None for arguments in found]
@@ -53,7 +53,7 @@ def main(argv=None) -> None:
         if len(messages) > SHOWN:
             print(f"{kind}: {len(messages) - SHOWN} more")
     print(f"{len(errors)} errors, {len(warnings)} warnings")
-    with engine.user_errors():
+    with user_errors():
         sheet(parts[0], flags.sheet)
         print(f"images with their masks: {flags.sheet}")
     sys.exit(2 if errors else 0)
