@@ -13,9 +13,12 @@ timm's model of that name, and tiles/, made of real images (RESULTS.md):
     python bench/tiles.py nuclei tiles --size 96 --ratio 0.05 0.1 --seeds 0 1 2"""
 
 import argparse
+import itertools
 import json
+import math
 import os
 import platform
+import re
 import shlex
 import signal
 import statistics
@@ -193,6 +196,8 @@ class Ablation:
     def execute(self, data: str, ratio: float, seed: int, recipe: str, own: Path) -> None:
         steps = self.steps or DATA[data][1]
         commands = [command(text, data, ratio, seed, steps, own) for text in RECIPES[recipe][1]]
+        if self.stopped:
+            raise RuntimeError("stopped")
         own.mkdir(parents=True, exist_ok=True)
         print(f"{time.strftime('%H:%M')} {data} {ratio:g} seed {seed} {recipe} ...", flush=True)
         with open(own / "log", "a") as log:
@@ -375,8 +380,10 @@ CURVES = {
 
 def values_of(run: dict, phase: str, name: str) -> dict:
     """{step, counted from the beginning of phase 1: the value of this name}"""
-    t, b, _ = run["steps"]
+    own = re.search(r"--steps (\d+),(\d+),", run["commands"][-1])
+    t, b = map(int, own.groups()) if own else (0, 0)
     first = {"teacher": 0, "labels_only": 0, "burnin": t, "distill": t + b}[phase]
+    first += 0 if own else sum(run["steps"])  # of a run that begins where the paper's ends
     return {first + p["step"]: p[name] for p in run["curve"] if p["phase"] == phase and name in p}
 
 
@@ -396,15 +403,20 @@ def draw(axis, runs: list[dict], names: dict, label: str, colour: str) -> None:
         label = None if steps else label
 
 
-def figure(runs: list[dict], file: Path) -> None:
-    """AP over all phases, and how good pseudo-labels are after a guided and an unguided burn-in: those that
-    the student in burn-in would give, then those that the EMA teacher gives. runs: of one data set and
-    ratio."""
+def plotting():
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def figure(runs: list[dict], file: Path) -> None:
+    """AP over all phases, and how good pseudo-labels are after a guided and an unguided burn-in: those that
+    the student in burn-in would give, then those that the EMA teacher gives. runs: of one data set and
+    ratio."""
+    pyplot = plotting()
     of = {recipe: [run for run in runs if run["recipe"] == recipe] for recipe in RECIPES}
     t, b, d = of["paper"][0]["steps"]
     axes = pyplot.subplots(1, 4, figsize=(14, 3.6), layout="constrained")[1]
@@ -425,6 +437,25 @@ def figure(runs: list[dict], file: Path) -> None:
     for axis in axes[:2]:
         axis.legend(fontsize=8)
     pyplot.savefig(file, dpi=110)
+    pyplot.close()
+
+
+def curves(runs: list[dict], file: Path) -> None:
+    """A small picture for each recipe but the paper's: its AP over the steps, and the paper's in grey."""
+    pyplot = plotting()
+    of = {recipe: [run for run in runs if run["recipe"] == recipe] for recipe in RECIPES}
+    phases = dict.fromkeys(("labels_only", "teacher", "burnin", "distill"), "ap")
+    shown = [recipe for recipe in RECIPES if of[recipe] and recipe != "paper"]
+    rows = math.ceil(len(shown) / 5)
+    size = dict(figsize=(14, 2.2 * rows), sharex=True, sharey=True, squeeze=False, layout="constrained")
+    axes = pyplot.subplots(rows, 5, **size)[1].flat
+    for axis, recipe in itertools.zip_longest(axes, shown):
+        axis.set_axis_off() if recipe is None else axis.set_title(recipe, fontsize=9)
+        axis.tick_params(labelbottom=True)
+        if recipe:
+            draw(axis, of["paper"], phases, None, "grey")
+            draw(axis, of[recipe], phases, None, "C0")
+    pyplot.savefig(file, dpi=90)
     pyplot.close()
 
 
@@ -452,6 +483,10 @@ def write_page(runs: list[dict]) -> None:
             name = f"ablation-{data}-{100 * ratio:g}.png"
             figure(here, HERE / name)
             parts += [f"![AP and pseudo-labels over the steps]({name})", ""]
+            name = f"ablation-{data}-{100 * ratio:g}-curves.png"
+            curves(here, HERE / name)
+            text = "AP of each recipe on the way, by its name below; in grey that of Guided Distillation"
+            parts += [f"![{text}]({name})", "", f"{text}.", ""]
     parts += ["## Commands", "", "All of them have besides, where they do not say otherwise:", ""]
     for data in sorted({run["data"] for run in runs}):
         flags = command("", data, 0, 0, DATA[data][1], Path("OUT"))
@@ -466,10 +501,10 @@ def write_page(runs: list[dict]) -> None:
     ]
     t, b, d = DATA["shapes"][1]
     names = {"own": "OUT", "teacher": "TEACHER", "student": "STUDENT", "distilled": "DISTILLED"}
-    parts += ["| recipe | commands, with the steps of shapes |", "|---|---|"]
-    for text, commands in RECIPES.values():
+    parts += ["| recipe | what it is | commands, with the steps of shapes |", "|---|---|---|"]
+    for recipe, (text, commands) in RECIPES.items():
         lines = "<br>".join(f"`{line.format(**names, **numbers_of(t, b, d))}`" for line in commands)
-        parts.append(f"| {text} | {lines} |")
+        parts.append(f"| {recipe} | {text} | {lines} |")
     PAGE.write_text("\n".join(parts) + "\n")
 
 

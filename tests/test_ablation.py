@@ -156,10 +156,17 @@ def test_the_page_and_its_figure_are_made_of_the_records(ablation, tmp_path, mon
         points = [p | health | {"student_recall": 1.0, "student_mask_iou": 1.0} for p in points]
         points = [points[0] | {"phase": "teacher", "step": 10}] * (recipe == "paper") + points
         record = {"data": "shapes", "ratio": 0.02, "seed": 0, "recipe": recipe, "curve": points}
+        record |= {"commands": ["distill.py --steps 10,20,30"]}
         records.append(record | {"steps": [10, 20, 30], "hours": 1, "machine": "M", "date": "2026-01-01"})
+    step = ablation.values_of(records[0], "distill", "ap")
+    assert step == {35: 10.0}, "counted from the beginning of phase 1"
+    refined = records[0] | {"commands": ["distill.py --labels-only --steps 3"]}
+    refined["curve"] = [{"phase": "labels_only", "step": 9, "ap": 10.0}]
+    assert ablation.values_of(refined, "labels_only", "ap") == {69: 10.0}, "or after the paper's end"
     monkeypatch.setattr(ablation, "HERE", tmp_path)
     monkeypatch.setattr(ablation, "PAGE", tmp_path / "ABLATION.md")
     ablation.write_page(json.loads(json.dumps(records)))
     page = (tmp_path / "ABLATION.md").read_text()
     assert "3 runs, 3.0 hours of training. M;" in page and "| unguided burn-in" in page
     assert (tmp_path / "ablation-shapes-2.png").stat().st_size > 10_000
+    assert (tmp_path / "ablation-shapes-2-curves.png").stat().st_size > 5_000
