@@ -39,14 +39,16 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(path) -> dict:
-    """A checkpoint on the CPU; plain types only, nothing in it is executed. Raises ValueError for a file
-    that is damaged or not one of ours."""
+    """A checkpoint on the CPU, with all of ENTRIES; plain types only, nothing in it is executed. Raises
+    ValueError for a file that is damaged or not one of ours, OSError for one that cannot be read."""
     try:
         check_archive(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ValueError(f"no checkpoint {str(path)!r}") from None
     except Exception as error:  # torch raises many kinds for a damaged file
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE):
+            raise OSError(f"{path} cannot be read: {error.strerror}") from None
         raise ValueError(f"{path} is not a checkpoint, or is damaged: {type(error).__name__}") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of this project, format {FORMAT}")
@@ -100,13 +102,13 @@ def lock(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / "lock", "a+")  # noqa: SIM115
     except OSError as error:
-        raise ValueError(f"nothing can be written into --out {str(folder)!r}: {error.strerror}") from None
+        raise ValueError(f"nothing can be written into {str(folder)!r}: {error.strerror}") from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):  # not for a file system that knows no locks
             file.seek(0)
-            raise ValueError(f"--out {str(folder)!r} is in use by {file.read()!r}; choose another") from None
+            raise ValueError(f"{str(folder)!r} is in use by {file.read()!r}; choose another folder") from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

@@ -154,7 +154,8 @@ def main(cfg: Config) -> None:
         else:
             say("all phases are done")
         if setting.val:
-            summary(cfg, setting)
+            with user_errors(OSError):
+                summary(cfg, setting)
 
 
 def cli(argv=None) -> None:

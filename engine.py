@@ -1,4 +1,4 @@
-"""What every phase shares and no phase is about: processes, optimiser, schedule, steps, logs.
+"""The training loop and what it needs: processes, optimiser, schedule, steps, logs.
 
 Runs alike in one process (`python script.py`) and in many (`torchrun --nproc_per_node=8 script.py`). This
 file knows nothing of the method."""
@@ -103,6 +103,17 @@ def mean_over_processes(value: Tensor) -> Tensor:
         dist.all_reduce(value)
         value /= world_size()
     return value
+
+
+def check_alike(number: int, what: str, device: torch.device) -> None:
+    """Ends the program where processes differ in a number: of a folder that machines share, one may see an
+    older state."""
+    if dist.is_initialized():
+        ends = torch.tensor([number, -number], device=device)
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+        most, least = ends[0].item(), -ends[1].item()
+        if most != least:
+            refuse(f"processes see {what} {least} and {most}: is --out the same folder on all machines?")
 
 
 def wait_for_all() -> None:
@@ -306,9 +317,10 @@ class Run:
         self.warned = False  # of what the log shows
 
     def _go_on(self) -> None:
-        """Takes the place of a run of this phase that was stopped, if there was one."""
+        """Resumes from the newest whole checkpoint of this phase, if there is one."""
         self.first_step = self.saved = self.step = 0
         path, checkpoint = newest(self.out, self.phase, warn)
+        check_alike(checkpoint["step"] if checkpoint else 0, "checkpoints of step", self.device)
         if not checkpoint:
             return
         self.model.load_state_dict(checkpoint["student"])

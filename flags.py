@@ -44,11 +44,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_config(config_class, presets: dict, argv=None, description=None):
-    """A config_class from its defaults, then the preset, then the flags. Every field is a flag; presets
-    name values of fields.
+    """A config_class from its defaults, then the preset, then the flags.
 
-    The preset is the one that --preset names, or that of the data set, or "coco" for a folder of one's own.
-    """
+    config_class: a dataclass of `knob`s, each of which is a flag, the first with a group; "data" and "preset"
+    are two of them. presets: {name: {field: value}}. The preset is the one that --preset names, or that of
+    the data set, or "coco" for a folder of one's own."""
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     first = Parser(None, add_help=False)  # the preset comes first: --help shows its values
     for name in ("data", "preset"):

@@ -118,7 +118,7 @@ class HungarianMatcher(nn.Module):
                 p = x.sigmoid()
                 softplus, p_sum, t_sum = softplus + F.softplus(x).sum(0), p_sum + p.sum(0), t_sum + t.sum(1)
                 t_x, t_p = t_x + t @ x, t_p + t @ p
-            # The class cost is -p, not -log p, as in DETR. The BCE of logit x and target t is
+            # As in DETR, the class cost is -p and not -log p. The BCE of logit x and target t is
             # softplus(x) - x * t.
             cost_class = -class_logits.float().softmax(-1)[:, :, labels]
             cost_mask = (softplus - t_x).T / len(points)

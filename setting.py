@@ -1,5 +1,5 @@
-"""What the phases of a run share and none is about: its settings, data, fresh models, loss, streams of
-images, and what is said of them at the start.
+"""From a Config to data, fresh models, loss and streams of images; what is said of them at the start; and
+which phases are done already.
 
 `parse` makes a Config (burnin.py, distill.py) of preset and flags, `Setting` all that follows from it. What
 a user got wrong is found here, before anything is trained."""
@@ -53,7 +53,7 @@ def scaled_to_batch(reference, batch: int) -> dict:
     return {"lr": reference.lr * k**0.5, "steps": steps, **ema}
 
 
-GUIDED = 2.5  # about so many times a step of phase 1 takes one of phases 2 and 3; for the time left alone
+GUIDED = 2.5  # a step of phases 2 and 3 takes about so many times as long as one of phase 1: for "time left"
 
 
 class Setting:
@@ -82,6 +82,7 @@ class Setting:
             phase: finished(cfg, phase, split=self.describe["split"])
             for phase in ("teacher", "burnin", "distill", "labels_only")
         }
+        engine.check_alike(sum(self.finished.values()), "finished phases, in number", self.device)
         if cfg.teacher:
             load_teacher(cfg, self)  # a wrong file is refused before anything is trained
         if cfg.tensorboard:
@@ -140,9 +141,11 @@ class Setting:
         """The start banner, and warnings. presets: those of the program."""
         cfg = self.cfg
         phases = list(zip(cfg.steps, ("teacher burn-in", "guided burn-in", "distillation")))
-        ones_own = 2 if getattr(cfg, "student", "") else 1 if cfg.teacher else 0
-        steps = ", ".join(f"{number:,} {phase}" for number, phase in phases[ones_own:])
-        batch = f"{cfg.batch} labelled and {cfg.batch} unlabelled images a step, lr {cfg.lr:.3g}"
+        first = 2 if getattr(cfg, "student", "") else 1 if cfg.teacher else 0
+        phases = phases[first : 3 if self.last == "distill" else 2]
+        steps = ", ".join(f"{number:,} {phase}" for number, phase in phases)
+        unlabelled = "" if cfg.labels_only else f"and {cfg.batch} unlabelled "
+        batch = f"{cfg.batch} labelled {unlabelled}images a step, lr {cfg.lr:.3g}"
         reference = type(cfg)(**presets[cfg.preset])
         if cfg.batch != reference.batch and not cfg.scale_to_batch:
             fitting = scaled_to_batch(reference, cfg.batch)

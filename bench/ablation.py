@@ -1,14 +1,16 @@
 """Does guided distillation work, and what makes it work? Recipes over ratios and seeds. All recipes of a
-seed have the same labelled images, and their students the same teacher and the same initial weights.
+seed have the same labelled images and, where they do not say otherwise, the same teacher and a student with
+the same initial weights.
 
     python bench/ablation.py --quick                               # a small table in a quarter of an hour
     python bench/ablation.py --ratio 0.02 0.05 0.1 --seeds 0 1 2   # on shapes
     python bench/ablation.py --data nuclei --recipes paper labels-only
-    python bench/ablation.py --tables                              # ABLATION.md and its figure, of all runs
+    python bench/ablation.py --tables                              # ABLATION.md of bench/ablation.jsonl
 
-Every run that finishes is a line of bench/ablation.jsonl, and is not run again; one that was stopped goes on
-from its last checkpoint. nuclei needs in the current folder mobilenetv2_100.safetensors, ImageNet weights of
-timm's model of that name, and tiles/, made of real images (RESULTS.md):
+Every run that finishes is a line of the file --results, which ends as tables on the screen, and is not run
+again; one that was stopped goes on from its last checkpoint. nuclei needs in the current folder
+mobilenetv2_100.safetensors, ImageNet weights of timm's model of that name, and tiles/, made of real images
+(RESULTS.md):
 
     python bench/tiles.py nuclei tiles --size 96 --ratio 0.05 0.1 --seeds 0 1 2"""
 
@@ -34,6 +36,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from checkpoints import load_checkpoint, lock  # noqa: E402
+from flags import user_errors  # noqa: E402
 
 RESULTS, PAGE = HERE / "ablation.jsonl", HERE / "ABLATION.md"
 
@@ -42,10 +45,10 @@ DATA = {
     "shapes": ("--data shapes --eval-every 250", (500, 700, 900)),
     "nuclei": (
         "--data tiles --split tiles/splits/RATIO-SEED.txt --preset shapes --crop 96,96 --num-queries 30 "
-        "--num-points 512 --score-threshold 0.95 --eval-every 500 --backbone mobilenetv2_100 --backbone-args "
+        "--num-points 512 --score-threshold 0.7 --eval-every 750 --backbone mobilenetv2_100 --backbone-args "
         '\'{"pad_type": "same"}\' --backbone-weights mobilenetv2_100.safetensors --norm frozen '
         "--pixel-mean 127.5,127.5,127.5 --pixel-std 127.5,127.5,127.5 --backbone-lr-factor 0.5",
-        (700, 1000, 1000),
+        (2500, 1500, 1500),
     ),
 }
 QUICK = (200, 280, 360)
@@ -95,6 +98,8 @@ RECIPES = {
     ),
     "threshold-0.5": ("threshold 0.5", ["distill.py --teacher {teacher} --score-threshold 0.5"]),
     "threshold-0.7": ("threshold 0.7", ["distill.py --teacher {teacher} --score-threshold 0.7"]),
+    "threshold-0.9": ("threshold 0.9", ["distill.py --teacher {teacher} --score-threshold 0.9"]),
+    "threshold-0.95": ("threshold 0.95", ["distill.py --teacher {teacher} --score-threshold 0.95"]),
     "lower-later": (
         "threshold 0.7 in distillation alone",
         ["distill.py --student {student} --score-threshold 0.7"],
@@ -141,6 +146,9 @@ RECIPES = {
         ["distill.py --student {student} --steps {t},{b},{d_third_more}"],
     ),
 }
+# Recipes that repeat what another does there, because that is its threshold.
+SAME = {("shapes", "threshold-0.9"), ("nuclei", "threshold-0.7"), ("nuclei", "paper-values")}
+SAME |= {("nuclei", "lower-later"), ("nuclei", "unguided-lower-later")}
 MAIN = ["paper", "labels-only", "unguided", "no-distillation"]
 
 
@@ -155,14 +163,16 @@ def command(text: str, data: str, ratio: float, seed: int, steps: tuple, own: Pa
     """A recipe's command for a run, with all flags; its own come last, so that they hold."""
     t, b, d = steps
     paper = own.parent / "paper"
-    files = {
+    paths = {
+        "own": own,
         "teacher": paper / "teacher.pt",
         "student": paper / "burnin.pt",
         "distilled": paper / "distill.pt",
     }
-    script, _, more = text.format(own=own, **files, **numbers_of(t, b, d)).partition(" ")
+    paths = {name: shlex.quote(str(path)) for name, path in paths.items()}
+    script, _, more = text.format(**paths, **numbers_of(t, b, d)).partition(" ")
     more += "" if "--steps" in more else f" --steps {t},{b},{d}"
-    more += "" if "--out" in more else f" --out {own}"
+    more += "" if "--out" in more else f" --out {paths['own']}"
     flags = DATA[data][0].replace("RATIO", f"{ratio:g}").replace("SEED", str(seed))
     return f"{script} {flags} --ratio {ratio:g} --seed {seed} {more.strip()}"
 
@@ -209,10 +219,12 @@ class Ablation:
         run = {"data": data, "ratio": ratio, "seed": seed, "recipe": recipe}
         run |= {"steps": steps, "commands": commands, "hours": round(hours(own), 3)}
         run |= {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "curve": curve(own)}
-        last = run["curve"][-1]
-        saved = load_checkpoint(own / f"{last['phase']}.pt")["ap"]["AP"]
-        if abs(saved - last["ap"]) > 0.01:  # it was killed between saving and logging
-            raise RuntimeError(f"{own}/metrics.jsonl lacks the end of the run; remove the folder")
+        for last in {point["phase"]: point for point in run["curve"]}.values():
+            folder = own if (own / f"{last['phase']}.pt").exists() else own.with_name(own.name + "-start")
+            saved = load_checkpoint(folder / f"{last['phase']}.pt")
+            if saved["step"] != last["step"] or abs(saved["ap"]["AP"] - last["ap"]) > 0.01:
+                end = f"the end of phase {last['phase']}"  # it was killed between saving and logging
+                raise RuntimeError(f"{folder}/metrics.jsonl lacks {end}; remove the folder")
         with self.lock:
             if key(run) not in self.recorded:
                 self.recorded.add(key(run))
@@ -228,6 +240,8 @@ class Ablation:
             raise RuntimeError("stopped")
         with subprocess.Popen(words, **how) as process:
             self.processes.add(process)
+            if self.stopped:  # meanwhile
+                process.terminate()
             code = process.wait()
             self.processes.discard(process)
         if code:
@@ -427,8 +441,10 @@ def figure(runs: list[dict], file: Path) -> None:
     for axis, name in zip(axes[1:], ("precision", "recall", "mask_iou")):
         for recipe in ("paper", "unguided"):
             draw(axis, of[recipe], {"burnin": f"student_{name}", "distill": name}, *CURVES[recipe])
-        teacher = statistics.mean(values_of(run, "teacher", name)[t] for run in of["paper"])
-        axis.axhline(teacher, color="grey", linestyle="--", label="teacher of phase 1")
+        teachers = [values_of(run, "teacher", name).get(t) for run in of["paper"]]
+        if None not in teachers:
+            mean = statistics.mean(teachers)
+            axis.axhline(mean, color="grey", linestyle="--", label="teacher of phase 1")
         axis.set_title(f"pseudo-labels: {name.replace('_iou', ' IoU')}, %", fontsize=10)
     for axis in axes:
         axis.set_xlabel("step")
@@ -462,11 +478,12 @@ def curves(runs: list[dict], file: Path) -> None:
 INTRO = """# What makes it work
 
 Made by `python bench/ablation.py --tables` from the runs in `ablation.jsonl`, which has the commands and the
-evaluations of each. Guided Distillation is the method with this project's preset for the data set; every
-other row changes what it says. AP is that of the student at the end of training, never the best on the way.
-All recipes of a seed have the same labelled images, and their students the same teacher and initial weights;
-so recipes are compared seed by seed: the two columns on the right are means of such differences, with their
-standard error and number. With three seeds, the 95 % interval is 4.3 standard errors to both sides.
+evaluations of each. Guided Distillation is the method with the settings under "Commands"; every other row
+changes what it says. AP is that of the student at the end of training, never the best on the way.
+All recipes of a seed have the same labelled images and, where they do not say otherwise, the same teacher and
+a student with the same initial weights; so recipes are compared seed by seed: the two columns on the right
+are means of such differences, with their standard error and number. With three seeds, the 95 % interval is
+4.3 standard errors to both sides.
 """
 
 
@@ -489,11 +506,8 @@ def write_page(runs: list[dict]) -> None:
             parts += [f"![{text}]({name})", "", f"{text}.", ""]
     parts += ["## Commands", "", "All of them have besides, where they do not say otherwise:", ""]
     for data in sorted({run["data"] for run in runs}):
-        flags = command("", data, 0, 0, DATA[data][1], Path("OUT"))
-        flags = flags.replace("--ratio 0 --seed 0", "--ratio RATIO --seed SEED").replace(
-            "0-0.txt", "RATIO-SEED.txt"
-        )
-        parts.append(f"- {data}: `{flags.strip()}`")
+        flags, (t, b, d) = DATA[data]
+        parts.append(f"- {data}: `{flags} --ratio RATIO --seed SEED --steps {t},{b},{d} --out OUT`")
     parts += [
         "",
         "TEACHER, STUDENT and DISTILLED are teacher.pt, burnin.pt and distill.pt of Guided Distillation.",
@@ -518,31 +532,36 @@ def main():
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, of one thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="their folder")
+    parser.add_argument("--results", type=Path, help="where they are recorded; default: results.jsonl there")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(MAIN)}, {QUICK} steps, 2 seeds")
     parser.add_argument("--tables", action="store_true")
     flags = parser.parse_args()
     if flags.tables:
         return write_page(read(RESULTS))
-    ablation = Ablation(flags.runs, RESULTS)
     if flags.quick:
         flags.recipes, flags.seeds, flags.runs = MAIN, [0, 1], Path("runs/ablation-quick")
-        ablation = Ablation(flags.runs, flags.runs / "results.jsonl", QUICK)
+    for recipe in flags.recipes:
+        if (flags.data, recipe) in SAME:
+            print(f"{recipe} is left out: on {flags.data} it repeats another recipe", file=sys.stderr)
+    results = flags.results or flags.runs / "results.jsonl"
+    ablation = Ablation(flags.runs, results, QUICK if flags.quick else None)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, ablation.stop)
-    lock(flags.runs)
+    with user_errors():
+        lock(flags.runs)
     with ThreadPoolExecutor(flags.jobs) as pool:
         jobs = [
             pool.submit(ablation.run, flags.data, ratio, seed, recipe)
             for ratio in flags.ratio
             for recipe in flags.recipes  # first the paper's of all seeds: others wait for its checkpoints
             for seed in flags.seeds
+            if (flags.data, recipe) not in SAME
         ]
         errors = [job.exception() for job in jobs]
     if any(errors):
         sys.exit("\n".join(sorted({f"error: {error}" for error in errors if error})))
-    if flags.quick:
-        for (data, ratio), rows in gather(read(ablation.results)).items():
-            print(f"\n{data}, {100 * ratio:g} % of the labels\n", *table(rows), sep="\n")
+    for (data, ratio), rows in gather(read(results)).items():
+        print(f"\n{data}, {100 * ratio:g} % of the labels\n", *table(rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -206,6 +206,14 @@ def no_space(rank, phase, step):
     engine.Run.save = faulty
 
 
+def stale(rank, what):
+    """Process 1 does not see what the other one has written into the folder they share."""
+    print("fault: stale", what, flush=True)
+    if rank == 1:
+        module, answer = {"newest": (engine, (None, None)), "finished": (setting, False)}[what]
+        setattr(module, what, lambda *_, **__: answer)
+
+
 def nobody(rank):
     """Root may write everywhere."""
     lock = setting.lock

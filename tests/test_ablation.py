@@ -69,32 +69,39 @@ def test_a_record_that_was_cut_short_is_none_and_spoils_no_other(ablation, tmp_p
     assert [record["recipe"] for record in ablation.read(results)] == ["paper", "labels-only"]
 
 
-def test_a_run_whose_end_was_not_logged_is_refused(ablation, tmp_path):
-    runs = ablation.Ablation(tmp_path / "runs", tmp_path / "results.jsonl")
-    runs.run("shapes", 0.5, 3, "labels-only")
-    metrics = tmp_path / "runs/shapes-0.5-3/labels-only/metrics.jsonl"
-    lines = [line for line in metrics.read_text().splitlines() if '"ap"' in line]
-    earlier = json.loads(lines[-1]) | {"ap": {"AP": 99.0}}
-    metrics.write_text(json.dumps(earlier) + "\n")
+@pytest.mark.parametrize("recipe, phase", [("labels-only", "labels_only"), ("paper", "teacher")])
+def test_a_phase_whose_end_was_not_logged_is_refused(ablation, tmp_path, recipe, phase):
+    def run_it():
+        ablation.Ablation(tmp_path / "runs", tmp_path / "results.jsonl").run("shapes", 0.5, 3, recipe)
+
+    run_it()
+    metrics = tmp_path / f"runs/shapes-0.5-3/{recipe}/metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for line in lines:
+        if line.get("phase") == phase and "ap" in line:
+            line["step"] -= 1  # as of an earlier evaluation
+    metrics.write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "results.jsonl").unlink()
-    with pytest.raises(RuntimeError, match="lacks the end of the run"):
-        ablation.Ablation(tmp_path / "runs", tmp_path / "results.jsonl").run("shapes", 0.5, 3, "labels-only")
+    with pytest.raises(RuntimeError, match=f"lacks the end of phase {phase}"):
+        run_it()
 
 
-def test_the_script_runs_a_recipe_as_a_command_and_writes_the_page(ablation, tmp_path, monkeypatch):
+def test_the_script_runs_a_recipe_as_a_command_and_writes_the_page(ablation, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation.Ablation, "call", ablation.real_call)
     monkeypatch.setattr(ablation, "RESULTS", tmp_path / "ablation.jsonl")
     monkeypatch.setattr(ablation, "PAGE", tmp_path / "ABLATION.md")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         flags = ["--recipes", "labels-only", "--seeds", "3", "--ratio", "0.5"]
-        for arguments in ([*flags, "--runs", str(tmp_path / "runs")], ["--tables"]):
+        record = ["--runs", str(tmp_path / "a run"), "--results", str(ablation.RESULTS)]
+        for arguments in ([*flags, *record], ["--tables"]):
             monkeypatch.setattr(sys, "argv", ["ablation.py", *arguments])
             ablation.main()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert "labels_only done" in (tmp_path / "runs/shapes-0.5-3/labels-only/log").read_text()
+    assert "labels_only done" in (tmp_path / "a run/shapes-0.5-3/labels-only/log").read_text()
+    assert "50 % of the labels" in capsys.readouterr().out
     assert "| labels only, for the steps of all phases | " in (tmp_path / "ABLATION.md").read_text()
 
 

@@ -650,7 +650,7 @@ def test_a_folder_that_cannot_be_written_is_refused(unseen):
             job = Job(Path(tempfile.mkdtemp()), "--data", unseen, *TINY, "--out", where, fault=("nobody",))
             assert job.wait() == [2] and "fault: user" in job.text()
             error = job.text().splitlines()[-1]
-            assert error == f"error: nothing can be written into --out '{where}': Permission denied"
+            assert error == f"error: nothing can be written into '{where}': Permission denied"
 
 
 def test_a_folder_belongs_to_one_run_as_long_as_its_process_lives(unseen, tmp_path):
@@ -660,11 +660,22 @@ def test_a_folder_belongs_to_one_run_as_long_as_its_process_lives(unseen, tmp_pa
     assert second.wait() == [2]
     pid = first.processes[0].pid
     owner = f"process {pid} on {socket.gethostname()}"
-    assert second.text() == f"error: --out '{tmp_path}/run' is in use by {owner!r}; choose another\n"
+    assert second.text() == f"error: '{tmp_path}/run' is in use by {owner!r}; choose another folder\n"
     assert first.processes[0].is_alive()
     first.kill()
     third = train(unseen, tmp_path / "run", steps=500, fault=("at_step", 0, "teacher", 10, "SIGTERM"))
     assert third.wait() == [143] and "resumed at step" in third.text()
+
+
+def test_processes_that_see_different_checkpoints_are_refused(unseen, tmp_path):
+    """As machines may, of a folder they share."""
+    whole = train(unseen, tmp_path, processes=2, fault=("at_step", 0, "burnin", 2, "SIGTERM"))
+    assert whole.wait() == [143, 143]
+    for what, seen in (("newest", "checkpoints of step 0 and 3"), ("finished", "finished phases, in number")):
+        job = train(unseen, tmp_path, processes=2, fault=("stale", what))
+        assert job.wait() == [2, 2] and f"processes see {seen}" in job.text(), job.text()
+    job = train(unseen, tmp_path, processes=2)
+    assert job.wait() == [0, 0], job.text()
 
 
 # ------------------------------------------------------------------------------------------------ torchrun

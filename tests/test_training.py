@@ -1,5 +1,6 @@
 """The commands as a user runs them, on a tiny dataset, and what holds over whole runs."""
 
+import errno
 import json
 import shutil
 import sys
@@ -85,6 +86,18 @@ def test_run_again_it_says_that_all_is_done_and_repeats_the_table(tiny, finished
     assert "all phases are done" in again and "phase 1" not in again
     table = printed[printed.index("mask AP") : printed.index("picture")]
     assert table in again
+
+
+def test_a_disk_without_room_for_the_report_is_one_line(tiny, finished, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out, _ = finished
+    monkeypatch.setattr(distill, "write_report", full)
+    with pytest.raises(SystemExit) as stopped:
+        distill.cli(["--data", str(tiny), *TINY, "--out", str(out), "--steps", "5"])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (stopped.value.code, error) == (2, "error: [Errno 28] No space left on device")
 
 
 def test_evaluate_prints_ap_of_student_and_teacher_by_size_and_class(tiny, finished, tmp_path):
@@ -421,6 +434,17 @@ def test_a_checkpoint_that_is_damaged_or_foreign_is_named(tmp_path):
     torch.save({"weights": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="not a checkpoint of this project"):
         checkpoints.load_checkpoint(tmp_path / "other.pt")
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    """Or its owner would be told to remove it."""
+
+    def refused(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpoints, "check_archive", refused)
+    with pytest.raises(OSError, match="a.pt cannot be read: Permission denied"):
+        checkpoints.load_checkpoint(tmp_path / "a.pt")
 
 
 def test_four_images_are_learnt_by_heart(tmp_path):
