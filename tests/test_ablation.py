@@ -1,7 +1,8 @@
 """bench/ablation.py: its recipes are commands that run, and its tables are what they found."""
 
-import importlib.util
+import importlib
 import json
+import shlex
 import signal
 import sys
 import threading
@@ -17,15 +18,23 @@ import distill
 from shapes import write_shapes
 
 
+def bench(name, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    return importlib.import_module(name)
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    return bench("ablation_tables", monkeypatch)
+
+
 @pytest.fixture
 def ablation(tmp_path, monkeypatch):
     """The script as a module, on a tiny data set; its commands run in this process."""
-    spec = importlib.util.spec_from_file_location("ablation", ROOT / "bench/ablation.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = bench("ablation", monkeypatch)
     write_shapes(tmp_path / "tiny", num_train=12, num_val=4, size=64)
     flags = f"--data {tmp_path / 'tiny'} " + " ".join(f"'{flag}'" for flag in TINY)
-    monkeypatch.setattr(module, "DATA", {"shapes": (flags, (1, 2, 1))})
+    monkeypatch.setattr(module.recipes, "DATA", {"shapes": (flags, (1, 2, 1))})
     module.commands = []
 
     def call(_, words, stdout, **__):
@@ -89,7 +98,6 @@ def test_a_phase_whose_end_was_not_logged_is_refused(ablation, tmp_path, recipe,
 def test_the_script_runs_a_recipe_as_a_command_and_writes_the_page(ablation, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation.Ablation, "call", ablation.real_call)
     monkeypatch.setattr(ablation, "RESULTS", tmp_path / "ablation.jsonl")
-    monkeypatch.setattr(ablation, "PAGE", tmp_path / "ABLATION.md")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         flags = ["--recipes", "labels-only", "--seeds", "3", "--ratio", "0.5"]
@@ -118,14 +126,12 @@ def test_a_command_that_fails_is_an_error_and_after_a_stop_nothing_begins(ablati
 
 
 @pytest.mark.parametrize("data", ["shapes", "nuclei"])
-def test_every_recipe_is_a_command_with_the_flags_of_its_data(data):
-    sys.path.insert(0, str(ROOT / "bench"))
-    import ablation
-
-    for recipe, (_, texts) in ablation.RECIPES.items():
+def test_every_recipe_is_a_command_with_the_flags_of_its_data(data, monkeypatch):
+    recipes = bench("recipes", monkeypatch)
+    for recipe, (_, texts) in recipes.RECIPES.items():
         for text in texts:
-            line = ablation.command(text, data, 0.05, 7, (10, 20, 30), Path("runs/x") / recipe)
-            script, *flags = ablation.shlex.split(line)
+            line = recipes.command(text, data, 0.05, 7, (10, 20, 30), Path("runs/x") / recipe)
+            script, *flags = shlex.split(line)
             program = {"distill.py": distill, "burnin.py": burnin}[script]
             cfg = burnin.parse(program.Config, program.PRESETS, flags)
             assert (cfg.seed, cfg.ratio) == (7, 0.05), line
@@ -134,7 +140,7 @@ def test_every_recipe_is_a_command_with_the_flags_of_its_data(data):
             assert cfg.steps == steps.get(recipe, (10, 20, 30)), line
 
 
-def test_tables_have_means_deviations_and_paired_differences(ablation):
+def test_tables_have_means_deviations_and_paired_differences(tables):
     def curve(*aps):
         return [{"phase": "labels_only", "step": 9, "ap": ap} for ap in aps]
 
@@ -145,16 +151,16 @@ def test_tables_have_means_deviations_and_paired_differences(ablation):
         points = [{"phase": phase, "step": 9, "ap": value} for phase, value in ends.items()]
         points[-1]["teacher_ap"] = ap + 1
         runs.append(shared | {"seed": seed, "recipe": "paper", "curve": points})
-    rows = ablation.gather(runs)["shapes", 0.1]
+    rows = tables.gather(runs)["shapes", 0.1]
     assert rows["labels-only"] == {0: 10.0, 1: 12.0} and rows["burnt-in"][1] == 13.0
-    lines = ablation.table(rows)
+    lines = tables.table(rows)
     ours = next(line for line in lines if "**Guided Distillation**" in line).split("|")
     # Differences of 3 and 2 over the two seeds that both have; standard error sqrt(0.5 / 2).
     assert ours[3].strip() == "+2.5 ± 0.5 (2)" and ours[2].strip() == "42.0 ± 49.4 (3)"
     assert next(line for line in lines if "EMA teacher" in line).split("|")[4].strip() == "+1.0 ± 0.0 (3)"
 
 
-def test_the_page_and_its_figure_are_made_of_the_records(ablation, tmp_path, monkeypatch):
+def test_the_page_and_its_figure_are_made_of_the_records(tables, tmp_path):
     records = []
     for recipe in ("paper", "unguided", "labels-only"):
         phases = ["labels_only"] if recipe == "labels-only" else ["burnin", "distill"]
@@ -165,14 +171,12 @@ def test_the_page_and_its_figure_are_made_of_the_records(ablation, tmp_path, mon
         record = {"data": "shapes", "ratio": 0.02, "seed": 0, "recipe": recipe, "curve": points}
         record |= {"commands": ["distill.py --steps 10,20,30"]}
         records.append(record | {"steps": [10, 20, 30], "hours": 1, "machine": "M", "date": "2026-01-01"})
-    step = ablation.values_of(records[0], "distill", "ap")
+    step = tables.values_of(records[0], "distill", "ap")
     assert step == {35: 10.0}, "counted from the beginning of phase 1"
     refined = records[0] | {"commands": ["distill.py --labels-only --steps 3"]}
     refined["curve"] = [{"phase": "labels_only", "step": 9, "ap": 10.0}]
-    assert ablation.values_of(refined, "labels_only", "ap") == {69: 10.0}, "or after the paper's end"
-    monkeypatch.setattr(ablation, "HERE", tmp_path)
-    monkeypatch.setattr(ablation, "PAGE", tmp_path / "ABLATION.md")
-    ablation.write_page(json.loads(json.dumps(records)))
+    assert tables.values_of(refined, "labels_only", "ap") == {69: 10.0}, "or after the paper's end"
+    tables.write_page(json.loads(json.dumps(records)), tmp_path)
     page = (tmp_path / "ABLATION.md").read_text()
     assert "3 runs, 3.0 hours of training. M;" in page and "| unguided burn-in" in page
     assert (tmp_path / "ablation-shapes-2.png").stat().st_size > 10_000

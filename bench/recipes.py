@@ -1,0 +1,140 @@
+"""The recipes of bench/ablation.py: what they are run on, what each is, and its commands."""
+
+import shlex
+from pathlib import Path
+
+# flags, and the steps of teacher burn-in, guided burn-in and distillation
+DATA = {
+    "shapes": ("--data shapes --eval-every 250", (500, 700, 900)),
+    "nuclei": (
+        "--data tiles --split tiles/splits/RATIO-SEED.txt --preset shapes --crop 96,96 --num-queries 30 "
+        "--num-points 512 --score-threshold 0.7 --eval-every 750 --backbone mobilenetv2_100 --backbone-args "
+        '\'{"pad_type": "same"}\' --backbone-weights mobilenetv2_100.safetensors --norm frozen '
+        "--pixel-mean 127.5,127.5,127.5 --pixel-std 127.5,127.5,127.5 --backbone-lr-factor 0.5",
+        (2500, 1500, 1500),
+    ),
+}
+QUICK = (200, 280, 360)
+
+# What each recipe is, and its commands. {teacher}, {student} and {distilled} are the checkpoints of the three
+# phases of the recipe "paper" with the same seed, {own} is the folder of the run, and {t}, {b}, {d} are the
+# steps of the phases, {whole} those of the guided ones together.
+RECIPES = {
+    "paper": ("Guided Distillation", ["distill.py"]),
+    "labels-only": ("labels only, for the steps of all phases", ["distill.py --labels-only"]),
+    "unguided": (
+        "unguided burn-in: the student's on labels only, then distillation",
+        [
+            "burnin.py --teacher {teacher} --unsupervised-weight 0 --out {own}-start",
+            "distill.py --student {own}-start/burnin.pt",
+        ],
+    ),
+    "no-distillation": (
+        "no distillation: guided burn-in all the way, the first teacher stays",
+        ["burnin.py --teacher {teacher} --steps {t},{whole},1"],
+    ),
+    "two-phase": (
+        "no student's burn-in: the teacher goes on as student and EMA teacher",
+        ["distill.py --student {teacher} --steps {t},1,{whole}"],
+    ),
+    "labels-only-jitter": (
+        "labels only for all steps, and colour jitter of their images",
+        ["distill.py --labels-only --colour"],
+    ),
+    "from-teacher": (
+        "the student starts from the teacher, not fresh",
+        ["distill.py --teacher {teacher} --init {teacher}"],
+    ),
+    "frozen": (
+        "distillation from a copy of the burnt-in student that stays",
+        ["distill.py --student {student} --ema-decay 1"],
+    ),
+    "ema-0.99": ("EMA decay 0.99", ["distill.py --student {student} --ema-decay 0.99"]),
+    "ema-0.9996": ("EMA decay 0.9996", ["distill.py --student {student} --ema-decay 0.9996"]),
+    "paper-values": (
+        "threshold 0.7 and EMA decay 0.9996, as in the paper's far longer runs",
+        ["distill.py --teacher {teacher} --score-threshold 0.7 --ema-decay 0.9996"],
+    ),
+    "uniform": (
+        "labelled images sampled uniformly in all phases",
+        ["distill.py --teacher {teacher} --repeat-threshold 0"],
+    ),
+    "threshold-0.5": ("threshold 0.5", ["distill.py --teacher {teacher} --score-threshold 0.5"]),
+    "threshold-0.7": ("threshold 0.7", ["distill.py --teacher {teacher} --score-threshold 0.7"]),
+    "threshold-0.9": ("threshold 0.9", ["distill.py --teacher {teacher} --score-threshold 0.9"]),
+    "threshold-0.95": ("threshold 0.95", ["distill.py --teacher {teacher} --score-threshold 0.95"]),
+    "lower-later": (
+        "threshold 0.7 in distillation alone",
+        ["distill.py --student {student} --score-threshold 0.7"],
+    ),
+    "unguided-lower-later": (
+        "unguided burn-in, and threshold 0.7 in distillation",
+        [
+            "burnin.py --teacher {teacher} --unsupervised-weight 0 --out {own}-start",
+            "distill.py --student {own}-start/burnin.pt --score-threshold 0.7",
+        ],
+    ),
+    "weight-1": ("unsupervised weight 1", ["distill.py --teacher {teacher} --unsupervised-weight 1"]),
+    "weight-4": ("unsupervised weight 4", ["distill.py --teacher {teacher} --unsupervised-weight 4"]),
+    "weak-view": (
+        "strong view off: the student sees what the teacher sees",
+        ["distill.py --teacher {teacher} --strong-view false"],
+    ),
+    "shorter": (
+        "guided burn-in half as long, distillation longer by as much",
+        ["distill.py --teacher {teacher} --steps {t},{b_half},{d_more}"],
+    ),
+    "longer": (
+        "distillation half as long, guided burn-in longer by as much",
+        ["distill.py --teacher {teacher} --steps {t},{b_more},{d_half}"],
+    ),
+    "mask-quality": (
+        "only pseudo-labels with a mean mask probability of 0.9 (PL-DC)",
+        ["distill.py --teacher {teacher} --mask-threshold 0.9"],
+    ),
+    "pixel-weights": (
+        "mask BCE weighted by how sure the teacher is of a pixel (PL-DC)",
+        ["distill.py --teacher {teacher} --pixel-weights"],
+    ),
+    "soft-weights": (
+        "threshold 0.5, losses weighted by the score to the power of 4 (PAIS)",
+        ["distill.py --teacher {teacher} --score-threshold 0.5 --score-power 4"],
+    ),
+    "refined": (
+        "a third of phase 3 more, on labels only at a tenth of the learning rate (CAST)",
+        ["distill.py --labels-only --init {distilled} --lr 1e-4 --steps {refine}"],
+    ),
+    "more-distillation": (
+        "phase 3 a third longer",
+        ["distill.py --student {student} --steps {t},{b},{d_third_more}"],
+    ),
+}
+# Recipes that repeat what another does there, because that is its threshold.
+SAME = {("shapes", "threshold-0.9"), ("nuclei", "threshold-0.7"), ("nuclei", "paper-values")}
+SAME |= {("nuclei", "lower-later"), ("nuclei", "unguided-lower-later")}
+MAIN = ["paper", "labels-only", "unguided", "no-distillation"]
+
+
+def numbers_of(t: int, b: int, d: int) -> dict:
+    """The numbers that stand in the commands of RECIPES, from the steps of the phases."""
+    numbers = {"t": t, "b": b, "d": d, "whole": b + d - 1, "refine": max(1, d // 9)}
+    numbers["d_third_more"] = d + 3 * numbers["refine"]
+    return numbers | {"b_half": b // 2, "d_more": d + b - b // 2, "d_half": d // 2, "b_more": b + d - d // 2}
+
+
+def command(text: str, data: str, ratio: float, seed: int, steps: tuple, own: Path) -> str:
+    """A recipe's command for a run, with all flags; its own come last, so that they hold."""
+    t, b, d = steps
+    paper = own.parent / "paper"
+    paths = {
+        "own": own,
+        "teacher": paper / "teacher.pt",
+        "student": paper / "burnin.pt",
+        "distilled": paper / "distill.pt",
+    }
+    paths = {name: shlex.quote(str(path)) for name, path in paths.items()}
+    script, _, more = text.format(**paths, **numbers_of(t, b, d)).partition(" ")
+    more += "" if "--steps" in more else f" --steps {t},{b},{d}"
+    more += "" if "--out" in more else f" --out {paths['own']}"
+    flags = DATA[data][0].replace("RATIO", f"{ratio:g}").replace("SEED", str(seed))
+    return f"{script} {flags} --ratio {ratio:g} --seed {seed} {more.strip()}"
