@@ -130,6 +130,9 @@ class Config:
     mask_threshold: float = knob(
         0.0, "lowest mean mask probability inside a pseudo-label's mask (PL-DC: 0.9); 0: any", most=1
     )
+    max_overlap: float = knob(
+        1.0, "of two pseudo-labels whose masks have a larger IoU the better one stays; 1: both do", most=1
+    )
     pixel_weights: bool = knob(
         False, "weight the mask BCE at each pixel of a pseudo-label by how sure the teacher is of it (PL-DC)"
     )
@@ -240,15 +243,18 @@ def pseudo_labels(
     score_threshold: float = 0.7,
     min_area: int = 5,
     mask_threshold: float = 0.0,
+    max_overlap: float = 1.0,
     pixel_weights: bool = False,
     score_power: float = 0.0,
 ) -> list[dict]:
     """What the teacher is sure of, as targets (Guided Distillation, section 3.2). Hard labels; duplicates are
-    not suppressed.
+    not suppressed unless max_overlap says so.
 
     outputs: as `Mask2Former` returns them, (B, Q, K+1) and (B, Q, h, w). A query is kept when its most
     probable entry is a class with a probability above score_threshold, and its mask has more than min_area
-    pixels above 0.5 at stride 4, whose mean probability is at least mask_threshold. Returns per image
+    pixels above 0.5 at stride 4, whose mean probability is at least mask_threshold, and no query of a higher
+    score that is kept otherwise has a mask with an IoU above max_overlap with it (the fast suppression of
+    YOLACT, Bolya et al., ICCV 2019, arXiv 1904.02689, but over all classes). Returns per image
     "labels" (N,) int64, "masks" (N, h, w) bool, "scores" (N,) in [0, 1], and "highest", the largest class
     probability of any query. With pixel_weights also "pixel_weights" (N, h, w), 0 where the mask probability
     is 0.5 and 1 where it is 0 or 1; with a score_power also "weights" (N,), that power of the score."""
@@ -262,6 +268,12 @@ def pseudo_labels(
     if mask_threshold:
         inside = (outputs["pred_masks"].float().sigmoid() * masks).sum((2, 3))
         keep &= inside >= mask_threshold * areas
+    if max_overlap < 1:
+        flat = (masks & keep[:, :, None, None]).flatten(2).float()
+        common = flat @ flat.transpose(1, 2)  # (B, Q, Q)
+        union = areas[:, :, None] + areas[:, None] - common
+        better = keep[:, None] & (scores[:, None] > scores[:, :, None])
+        keep &= ~(better & (common > max_overlap * union)).any(2)
     queries = [kept.nonzero()[:, 0].to(masks.device, non_blocking=True) for kept in keep.cpu()]
     targets = [
         {"labels": labels[b, kept], "masks": masks[b, kept], "scores": scores[b, kept], "highest": highest[b]}
@@ -279,7 +291,7 @@ def teacher_labels(teacher: nn.Module, images: Tensor, cfg: Config, device) -> l
     """A teacher's pseudo-labels of images (B, 3, H, W) uint8."""
     with torch.inference_mode(), autocast(device):
         outputs = teacher(images)
-    kept = cfg.score_threshold, cfg.min_area, cfg.mask_threshold
+    kept = cfg.score_threshold, cfg.min_area, cfg.mask_threshold, cfg.max_overlap
     return pseudo_labels(outputs, *kept, cfg.pixel_weights, cfg.score_power)
 
 

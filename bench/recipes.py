@@ -92,6 +92,14 @@ RECIPES = {
         "only pseudo-labels with a mean mask probability of 0.9 (PL-DC)",
         ["distill.py --teacher {teacher} --mask-threshold 0.9"],
     ),
+    "no-duplicates": (
+        "of two pseudo-labels that overlap by more than half the better one stays",
+        ["distill.py --teacher {teacher} --max-overlap 0.5"],
+    ),
+    "no-duplicates-0.7": (
+        "the same, with threshold 0.7",
+        ["distill.py --teacher {teacher} --max-overlap 0.5 --score-threshold 0.7"],
+    ),
     "pixel-weights": (
         "mask BCE weighted by how sure the teacher is of a pixel (PL-DC)",
         ["distill.py --teacher {teacher} --pixel-weights"],
@@ -111,7 +119,7 @@ RECIPES = {
 }
 # Recipes that repeat what another does there, because that is its threshold.
 SAME = {("shapes", "threshold-0.9"), ("nuclei", "threshold-0.7"), ("nuclei", "paper-values")}
-SAME |= {("nuclei", "lower-later"), ("nuclei", "unguided-lower-later")}
+SAME |= {("nuclei", "lower-later"), ("nuclei", "unguided-lower-later"), ("nuclei", "no-duplicates-0.7")}
 MAIN = ["paper", "labels-only", "unguided", "no-distillation"]
 
 

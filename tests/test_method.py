@@ -96,6 +96,27 @@ def test_a_mask_that_is_not_sure_enough_of_its_inside_is_left_out():
         assert len(found["labels"]) == kept, threshold
 
 
+@pytest.mark.parametrize("max_overlap", [0.3, 0.5, 0.99, 1.0])
+def test_of_pseudo_labels_that_overlap_the_best_stays(max_overlap):
+    """By a loop over all pairs. Queries that are not kept anyway push out none."""
+    torch.manual_seed(0)
+    masks = torch.full((2, 30, 8, 8), -1.0)
+    for mask in masks.flatten(0, 1):
+        y, x = torch.randint(0, 4, (2,)).tolist()
+        mask[y : y + 4, x : x + 4] = 1.0
+    outputs = {"pred_logits": 4 * torch.randn(2, 30, 4), "pred_masks": masks}
+    kept_anyway = pseudo_labels(outputs, min_area=0)
+    found = pseudo_labels(outputs, min_area=0, max_overlap=max_overlap)
+    for all_of_them, kept in zip(kept_anyway, found):
+        expected = []
+        for score, mask in zip(all_of_them["scores"], all_of_them["masks"]):
+            ious = (all_of_them["masks"] & mask).sum((1, 2)) / (all_of_them["masks"] | mask).sum((1, 2))
+            if not any(ious[all_of_them["scores"] > score] > max_overlap):
+                expected.append(score.item())
+        assert kept["scores"].tolist() == expected
+        assert (len(expected) < len(all_of_them["scores"])) == (max_overlap < 1)
+
+
 def test_pseudo_labels_may_say_how_sure_the_teacher_is_of_object_and_pixel():
     probabilities = torch.linspace(0.05, 0.95, 48).view(1, 1, 6, 8)
     outputs = {"pred_logits": logits_of((0.8, 0.1, 0.05, 0.05))[None], "pred_masks": probabilities.logit()}
@@ -160,7 +181,7 @@ def batches(B=2, H=64, W=96, seed=0):
     return labelled, [{"image": image(), "strong": image()} for _ in range(B)]
 
 
-NOT_IN_THE_PAPER = {"mask_threshold": 0.0, "pixel_weights": False, "score_power": 0.0}
+NOT_IN_THE_PAPER = {"mask_threshold": 0.0, "max_overlap": 1.0, "pixel_weights": False, "score_power": 0.0}
 
 
 @pytest.fixture

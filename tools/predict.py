@@ -46,9 +46,8 @@ def main(checkpoint: dict, flags, sizes: dict, device) -> None:
     files = list_images(flags.images)
     if flags.pseudo:
         cfg = checkpoint.get("config", {})
-        settings = {
-            name: cfg[name] for name in ("score_threshold", "min_area", "mask_threshold") if name in cfg
-        }
+        kept_by = ("score_threshold", "min_area", "mask_threshold", "max_overlap")
+        settings = {name: cfg[name] for name in kept_by if name in cfg}
         write_pseudo_labels(model, files, categories, Path(flags.pseudo), device, sizes, settings)
     else:
         write_predictions(model, files, categories, Path(flags.out), device, sizes, flags.threshold)
