@@ -31,7 +31,7 @@ from evaluate import ap_line, load_model, sheet
 from flags import check_ranges, knob, user_errors
 from health import health, health_lines
 from matcher import SetCriterion
-from model import Prediction
+from model import Prediction, resize
 from setting import Setting, load_teacher, parse
 
 
@@ -132,6 +132,9 @@ class Config:
     )
     max_overlap: float = knob(
         1.0, "of two pseudo-labels whose masks have a larger IoU the better one stays; 1: both do", most=1
+    )
+    fine_masks: bool = knob(
+        False, "pseudo-labels' masks at full resolution, for small objects; false: at a quarter of it"
     )
     pixel_weights: bool = knob(
         False, "weight the mask BCE at each pixel of a pseudo-label by how sure the teacher is of it (PL-DC)"
@@ -244,19 +247,22 @@ def pseudo_labels(
     min_area: int = 5,
     mask_threshold: float = 0.0,
     max_overlap: float = 1.0,
+    fine_masks: bool = False,
     pixel_weights: bool = False,
     score_power: float = 0.0,
 ) -> list[dict]:
     """What the teacher is sure of, as targets (Guided Distillation, section 3.2). Hard labels; duplicates are
-    not suppressed unless max_overlap says so.
+    not suppressed, unless by max_overlap.
 
     outputs: as `Mask2Former` returns them, (B, Q, K+1) and (B, Q, h, w). A query is kept when its most
     probable entry is a class with a probability above score_threshold, and its mask has more than min_area
-    pixels above 0.5 at stride 4, whose mean probability is at least mask_threshold, and no query of a higher
-    score that is kept otherwise has a mask with an IoU above max_overlap with it (the fast suppression of
-    YOLACT, Bolya et al., ICCV 2019, arXiv 1904.02689, but over all classes). Returns per image
-    "labels" (N,) int64, "masks" (N, h, w) bool, "scores" (N,) in [0, 1], and "highest", the largest class
-    probability of any query. With pixel_weights also "pixel_weights" (N, h, w), 0 where the mask probability
+    pixels above 0.5 at stride 4, whose mean probability is at least mask_threshold. With a max_overlap below
+    1, it also goes if its mask has a larger IoU than that with the mask of another one of a higher score
+    (Fast NMS of YOLACT, Bolya et al., ICCV 2019, arXiv 1904.02689, section 3.3, but over all classes).
+
+    Returns per image "labels" (N,) int64, "masks" (N, h, w) bool, "scores" (N,) in [0, 1], and "highest", the
+    largest class probability of any query. With fine_masks, masks are (N, 4 h, 4 w): logits are interpolated
+    before the threshold. With pixel_weights also "pixel_weights" (N, h, w), 0 where the mask probability
     is 0.5 and 1 where it is 0 or 1; with a score_power also "weights" (N,), that power of the score."""
     probabilities = outputs["pred_logits"].float().softmax(-1)
     scores, labels = probabilities.max(-1)  # (B, Q)
@@ -280,6 +286,9 @@ def pseudo_labels(
         for b, kept in enumerate(queries)
     ]
     for target, mask_logits, kept in zip(targets, outputs["pred_masks"], queries):
+        if fine_masks:
+            size = [4 * side for side in mask_logits.shape[1:]]
+            target["masks"] = resize(mask_logits[kept].float()[:, None], size)[:, 0] > 0
         if pixel_weights:
             target["pixel_weights"] = 2 * (mask_logits[kept].float().sigmoid() - 0.5).abs()
         if score_power:
@@ -292,7 +301,7 @@ def teacher_labels(teacher: nn.Module, images: Tensor, cfg: Config, device) -> l
     with torch.inference_mode(), autocast(device):
         outputs = teacher(images)
     kept = cfg.score_threshold, cfg.min_area, cfg.mask_threshold, cfg.max_overlap
-    return pseudo_labels(outputs, *kept, cfg.pixel_weights, cfg.score_power)
+    return pseudo_labels(outputs, *kept, cfg.fine_masks, cfg.pixel_weights, cfg.score_power)
 
 
 def supervised_step(student: nn.Module, criterion: SetCriterion, labelled: list[dict], device) -> dict:

@@ -57,7 +57,8 @@ def health(teacher: nn.Module, setting, find, number: int = 200) -> dict:
             sums[:3] += torch.tensor([1, len(pseudo["labels"]), pseudo["scores"].sum()])
             classes += torch.bincount(pseudo["labels"], minlength=K)
             if hidden:
-                masks = nn.functional.avg_pool2d(item["masks"][:, None].float(), 4)[:, 0] > 0.5
+                stride = item["masks"].shape[1] // pseudo["masks"].shape[1]
+                masks = nn.functional.avg_pool2d(item["masks"][:, None].float(), stride)[:, 0] > 0.5
                 right, ious = count_right(pseudo, {"labels": item["labels"], "masks": masks})
                 sums[3:] += torch.tensor([len(masks), right, ious])
     teacher.train(training)

@@ -100,6 +100,14 @@ RECIPES = {
         "the same, with threshold 0.7",
         ["distill.py --teacher {teacher} --max-overlap 0.5 --score-threshold 0.7"],
     ),
+    "fine-masks": (
+        "masks of pseudo-labels at full resolution",
+        ["distill.py --teacher {teacher} --fine-masks"],
+    ),
+    "fine-no-duplicates-0.7": (
+        "both, with threshold 0.7",
+        ["distill.py --teacher {teacher} --fine-masks --max-overlap 0.5 --score-threshold 0.7"],
+    ),
     "pixel-weights": (
         "mask BCE weighted by how sure the teacher is of a pixel (PL-DC)",
         ["distill.py --teacher {teacher} --pixel-weights"],

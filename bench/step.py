@@ -115,7 +115,7 @@ def guided(flags, precision="fp32", parts=1):
         scores, labels = teacher(others)["pred_logits"].float().softmax(-1).max(-1)
     sure = scores[labels < CLASSES].sort(descending=True).values
     threshold = float(sure[: flags.objects * len(others) + 1][-1])
-    more = dict(mask_threshold=0.0, max_overlap=1.0, pixel_weights=False, score_power=0.0)
+    more = dict(mask_threshold=0.0, max_overlap=1.0, fine_masks=False, pixel_weights=False, score_power=0.0)
     cfg, clock = SimpleNamespace(score_threshold=threshold, min_area=5, **more), Clock()
     labelled = [{"image": image, **target} for image, target in zip(images, targets)]
     unlabelled = [{"image": image, "strong": image} for image in others]

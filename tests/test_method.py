@@ -117,6 +117,28 @@ def test_of_pseudo_labels_that_overlap_the_best_stays(max_overlap):
         assert (len(expected) < len(all_of_them["scores"])) == (max_overlap < 1)
 
 
+def test_fine_masks_are_the_teachers_at_full_resolution():
+    """Of a disc 17 pixels wide, from logits that are its signed distance, a mean of 4 x 4 pixels each."""
+    y, x = torch.meshgrid(torch.arange(48) + 0.5, torch.arange(64) + 0.5, indexing="ij")
+    distance = 8.5 - ((y - 21.3) ** 2 + (x - 33.7) ** 2).sqrt()
+    low = torch.nn.functional.avg_pool2d(distance[None, None], 4)
+    logits = torch.stack([logits_of((0.8, 0.1, 0.05, 0.05)), logits_of((0.1, 0.1, 0.05, 0.75))])
+    outputs = {"pred_logits": logits, "pred_masks": low.expand(2, 1, 12, 16)}
+    [found, empty] = pseudo_labels(outputs, min_area=0, fine_masks=True, pixel_weights=True)
+    assert found["masks"].shape == (1, 48, 64) and empty["masks"].shape == (0, 48, 64)
+    assert found["masks"].dtype == torch.bool and found["pixel_weights"].shape == (1, 12, 16)
+
+    def iou(mask):
+        return ((mask & (distance > 0)).sum() / (mask | (distance > 0)).sum()).item()
+
+    [coarse, _] = pseudo_labels(outputs, min_area=0)
+    coarse = coarse["masks"].repeat_interleave(4, 1).repeat_interleave(4, 2)
+    assert iou(found["masks"]) > 0.93 > 0.87 > iou(coarse)
+    outputs = {"pred_logits": logits[:1], "pred_masks": low}
+    losses = SetCriterion(K, num_points=32)(outputs, [found])
+    assert sum(losses.values()).isfinite()
+
+
 def test_pseudo_labels_may_say_how_sure_the_teacher_is_of_object_and_pixel():
     probabilities = torch.linspace(0.05, 0.95, 48).view(1, 1, 6, 8)
     outputs = {"pred_logits": logits_of((0.8, 0.1, 0.05, 0.05))[None], "pred_masks": probabilities.logit()}
@@ -181,7 +203,13 @@ def batches(B=2, H=64, W=96, seed=0):
     return labelled, [{"image": image(), "strong": image()} for _ in range(B)]
 
 
-NOT_IN_THE_PAPER = {"mask_threshold": 0.0, "max_overlap": 1.0, "pixel_weights": False, "score_power": 0.0}
+NOT_IN_THE_PAPER = {
+    "mask_threshold": 0.0,
+    "max_overlap": 1.0,
+    "fine_masks": False,
+    "pixel_weights": False,
+    "score_power": 0.0,
+}
 
 
 @pytest.fixture
