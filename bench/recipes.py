@@ -93,11 +93,11 @@ RECIPES = {
         ["distill.py --teacher {teacher} --mask-threshold 0.9"],
     ),
     "no-duplicates": (
-        "of two pseudo-labels that overlap by more than half the better one stays",
+        "without duplicates: of two pseudo-labels that overlap by more than half the better one stays",
         ["distill.py --teacher {teacher} --max-overlap 0.5"],
     ),
     "no-duplicates-0.7": (
-        "the same, with threshold 0.7",
+        "threshold 0.7 without duplicates",
         ["distill.py --teacher {teacher} --max-overlap 0.5 --score-threshold 0.7"],
     ),
     "fine-masks": (
@@ -105,7 +105,7 @@ RECIPES = {
         ["distill.py --teacher {teacher} --fine-masks"],
     ),
     "fine-no-duplicates-0.7": (
-        "both, with threshold 0.7",
+        "threshold 0.7 without duplicates, and masks of pseudo-labels at full resolution",
         ["distill.py --teacher {teacher} --fine-masks --max-overlap 0.5 --score-threshold 0.7"],
     ),
     "pixel-weights": (
