@@ -187,10 +187,12 @@ def write_page(runs: list[dict], folder: Path) -> None:
         parts += [f"## {data}, {100 * ratio:g} % of the labels", "", *table(rows), ""]
         hours, when = sum(run["hours"] for run in here), " to ".join(sorted({dates[0], dates[-1]}))
         parts += [f"{len(here)} runs, {hours:.1f} hours of training. {'; '.join(machines)}; {when}.", ""]
-        if {"paper", "unguided"} <= {run["recipe"] for run in here}:
+        found = {run["recipe"] for run in here}
+        if {"paper", "unguided"} <= found:
             name = f"ablation-{data}-{100 * ratio:g}.png"
             figure(here, folder / name)
             parts += [f"![AP and pseudo-labels over the steps]({name})", ""]
+        if found > {"paper"}:
             name = f"ablation-{data}-{100 * ratio:g}-curves.png"
             curves(here, folder / name)
             text = "AP of each recipe on the way, by its name below; in grey that of Guided Distillation"

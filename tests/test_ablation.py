@@ -113,6 +113,23 @@ def test_the_script_runs_a_recipe_as_a_command_and_writes_the_page(ablation, tmp
     assert "| labels only, for the steps of all phases | " in (tmp_path / "ABLATION.md").read_text()
 
 
+def test_the_quick_table_is_made_of_runs_of_its_own(ablation, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablation.Ablation, "call", ablation.real_call)
+    monkeypatch.setattr(ablation, "QUICK", (1, 1, 1))
+    monkeypatch.setattr(ablation, "MAIN", ["labels-only", "threshold-0.9"])  # of which one is left out
+    monkeypatch.setattr(ablation.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--quick", "--ratio", "0.5", "--jobs", "1"])
+    ablation.main()
+    printed = capsys.readouterr()
+    assert "threshold-0.9 is left out" in printed.err and "(2) |" in printed.out
+    runs = ablation.read(tmp_path / "runs/ablation-quick/results.jsonl")
+    assert [(run["seed"], run["steps"], run["curve"][-1]["step"]) for run in runs] == [
+        (0, [1, 1, 1], 3),
+        (1, [1, 1, 1], 3),
+    ]
+
+
 def test_a_command_that_fails_is_an_error_and_after_a_stop_nothing_begins(ablation, tmp_path, monkeypatch):
     monkeypatch.undo()
     runs = ablation.Ablation(tmp_path, tmp_path / "results.jsonl")

@@ -115,10 +115,9 @@ def write_pseudo_labels(model, files, categories, out: Path, device, sizes, sett
         pixels = to_tensor(image.resize((W, H), Image.Resampling.BILINEAR))
         with engine.autocast(device):
             outputs = model(pixels[None].to(device))
-        pseudo = pseudo_labels(outputs, **settings)[0]
-        masks = pseudo["masks"][None].float()
+        pseudo = pseudo_labels(outputs, fine_masks=True, **settings)[0]  # a person will correct them
+        masks = pseudo["masks"][None, :, :H, :W].float()
         if masks.shape[1]:
-            masks = resize(masks, [4 * side for side in masks.shape[-2:]])[..., :H, :W]
             masks = resize(masks, (image.height, image.width))
         results = coco_results(number, {**pseudo, "masks": masks[0] > 0.5}, [c["id"] for c in categories])
         for result in map(readable, results):
