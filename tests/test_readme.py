@@ -1,5 +1,5 @@
-"""Every command and every example of the README, as a user gives them, but shorter and on a tiny data set.
-Those that need real data or GPUs say so, and their flags are read."""
+"""Every command and every example of the README and of docs/RUNNING.md, as a user gives them, but shorter and
+on a tiny data set. Those that need real data or GPUs say so, and their flags are read."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ import burnin
 import distill
 import evaluate
 
-README = (ROOT / "README.md").read_text()
+README = "".join((ROOT / name).read_text() for name in ("README.md", "docs/RUNNING.md"))
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
 COMMANDS = [
     line
