@@ -16,7 +16,9 @@ def results_of(run: dict) -> dict:
     if run["recipe"] == "paper":
         rows = {"teacher": aps["teacher"], "burnt-in": aps["burnin"], "paper": aps["distill"]}
         return rows | {"paper, EMA teacher": last["distill"]["teacher_ap"]}
-    if "distill" in aps and run["recipe"] != "frozen":  # whose teacher is the burnt-in student
+    if (
+        run["curve"][-1]["phase"] == "distill" and run["recipe"] != "frozen"
+    ):  # whose teacher is the burnt-in student
         more = {"unguided, burnt-in": aps["burnin"]} if run["recipe"] == "unguided" else {}
         more[run["recipe"] + ", EMA teacher"] = last["distill"]["teacher_ap"]
         return {run["recipe"]: aps["distill"], **more}
@@ -48,24 +50,28 @@ def difference(ours: dict, theirs: dict) -> str:
     return f"{statistics.mean(pairs):+.1f}{error} ({len(pairs)})"
 
 
-LABELS = {"teacher": "labels only, for the teacher's steps", "burnt-in": "guided burn-in"}
+LABELS = {"teacher": "teacher, after phase 1", "burnt-in": "burnt-in student, after phase 2"}
 LABELS |= {name: text for name, (text, _) in RECIPES.items()} | {"paper": "**Guided Distillation**"}
 
 
 def label(row: str) -> str:
+    """Its first two columns: the recipe, and what it is."""
     name, _, part = row.partition(", ")
-    parts = {"EMA teacher": "— its EMA teacher", "burnt-in": "— its student before distillation"}
-    return parts[part] if part else LABELS[name]
+    parts = {"EMA teacher": "— its EMA teacher", "burnt-in": "— its burnt-in student"}
+    recipe = f"`{name}`" if name in RECIPES and not part else ""
+    return f"{recipe} | {parts[part] if part else LABELS[name]}"
 
 
 def table(rows: dict) -> list[str]:
     """Of one data set and ratio, in the order of RECIPES."""
     names = ["teacher", "burnt-in", *RECIPES]
     order = sorted(rows, key=lambda row: (names.index(row.partition(", ")[0]), "," in row))
-    lines = [
-        "| | AP: mean ± standard deviation (seeds) | more than labels only | more than Guided Distillation |"
-    ]
-    lines.append("|---|---|---|---|")
+    columns = (
+        "AP: mean ± standard deviation (seeds)",
+        "more than labels only",
+        "more than Guided Distillation",
+    )
+    lines = [f"| recipe | | {' | '.join(columns)} |", "|---|---|---|---|---|"]
     for row in order:
         others = [
             difference(rows[row], rows[other]) if other in rows and other != row else ""
@@ -85,10 +91,10 @@ CURVES = {
 
 def values_of(run: dict, phase: str, name: str) -> dict:
     """{step, counted from the beginning of phase 1: the value of this name}"""
-    own = re.search(r"--steps (\d+),(\d+),", run["commands"][-1])
-    t, b = map(int, own.groups()) if own else (0, 0)
-    first = {"teacher": 0, "labels_only": 0, "burnin": t, "distill": t + b}[phase]
-    first += 0 if own else sum(run["steps"])  # of a run that begins where the paper's ends
+    steps = [re.search(r"--steps (\d+),(\d+),", command) for command in run["commands"]]
+    t, b = next((map(int, found.groups()) for found in steps if found), (0, 0))
+    refines = not steps[-1]  # a last phase on labels has one number: it begins where phase 3 ended
+    first = {"teacher": 0, "labels_only": refines * sum(run["steps"]), "burnin": t, "distill": t + b}[phase]
     return {first + p["step"]: p[name] for p in run["curve"] if p["phase"] == phase and name in p}
 
 
@@ -169,8 +175,11 @@ def curves(runs: list[dict], file: Path) -> None:
 INTRO = """# What makes it work
 
 Made by `python bench/ablation.py --tables` from the runs in `ablation.jsonl`, which has the commands and the
-evaluations of each. Guided Distillation is the method with the settings under "Commands"; every other row
-changes what it says. AP is that of the student at the end of training, never the best on the way.
+evaluations of each. Guided Distillation is the method with the settings under "Commands" and those of the
+preset shapes (`PRESETS` in burnin.py and distill.py: a threshold of 0.9 and an EMA decay of 0.998, where the
+paper has 0.7 and 0.9996 in far longer runs); every other row changes what it says. AP is that of the student
+at the end of training, never the best on the way. Teacher and burnt-in students are measured where their
+phase ends, the latter in the middle of the learning rate's schedule.
 All recipes of a seed have the same labelled images and, where they do not say otherwise, the same teacher and
 a student with the same initial weights; so recipes are compared seed by seed: the two columns on the right
 are means of such differences, with their standard error and number. With three seeds, the 95 % interval is
@@ -186,7 +195,8 @@ def write_page(runs: list[dict], folder: Path) -> None:
         machines, dates = sorted({run["machine"] for run in here}), sorted({run["date"] for run in here})
         parts += [f"## {data}, {100 * ratio:g} % of the labels", "", *table(rows), ""]
         hours, when = sum(run["hours"] for run in here), " to ".join(sorted({dates[0], dates[-1]}))
-        parts += [f"{len(here)} runs, {hours:.1f} hours of training. {'; '.join(machines)}; {when}.", ""]
+        paid = f"{len(here)} runs, {hours:.1f} hours of training without evaluations"
+        parts += [f"{paid}. {'; '.join(machines)}; {when}.", ""]
         found = {run["recipe"] for run in here}
         if {"paper", "unguided"} <= found:
             name = f"ablation-{data}-{100 * ratio:g}.png"
@@ -204,12 +214,16 @@ def write_page(runs: list[dict], folder: Path) -> None:
     parts += [
         "",
         "TEACHER, STUDENT and DISTILLED are teacher.pt, burnin.pt and distill.pt of Guided Distillation.",
+        "One number as `--steps` is that of each of three phases.",
         "",
     ]
     t, b, d = DATA["shapes"][1]
     names = {"own": "OUT", "teacher": "TEACHER", "student": "STUDENT", "distilled": "DISTILLED"}
     parts += ["| recipe | what it is | commands, with the steps of shapes |", "|---|---|---|"]
+    found = {run["recipe"] for run in runs}
     for recipe, (text, commands) in RECIPES.items():
         lines = "<br>".join(f"`{line.format(**names, **numbers_of(t, b, d))}`" for line in commands)
-        parts.append(f"| {recipe} | {text} | {lines} |")
+        parts += [f"| `{recipe}` | {text} | {lines} |"] if recipe in found else []
+    others = ", ".join(f"`{recipe}`" for recipe in RECIPES if recipe not in found)
+    parts += ["", f"In recipes.py, and not run yet: {others}."] if others else []
     (folder / "ABLATION.md").write_text("\n".join(parts) + "\n")

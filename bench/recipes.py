@@ -22,6 +22,10 @@ QUICK = (200, 280, 360)
 RECIPES = {
     "paper": ("Guided Distillation", ["distill.py"]),
     "labels-only": ("labels only, for the steps of all phases", ["distill.py --labels-only"]),
+    "all-labels": (
+        "labels of all training images, for the steps of all phases: what could be reached",
+        ["distill.py --labels-only --split '' --ratio 1"],
+    ),
     "unguided": (
         "unguided burn-in: the student's on labels only, then distillation",
         [
@@ -104,9 +108,20 @@ RECIPES = {
         "masks of pseudo-labels at full resolution",
         ["distill.py --teacher {teacher} --fine-masks"],
     ),
-    "fine-no-duplicates-0.7": (
+    "clean": (
+        "without duplicates, and masks of pseudo-labels at full resolution",
+        ["distill.py --teacher {teacher} --max-overlap 0.5 --fine-masks"],
+    ),
+    "clean-refined": (
+        "the same, then a third of phase 3 more on labels only, with at most a tenth of the learning rate",
+        [
+            "distill.py --teacher {teacher} --max-overlap 0.5 --fine-masks --out {own}-start",
+            "distill.py --labels-only --init {own}-start/distill.pt --lr 1e-4 --steps {refine}",
+        ],
+    ),
+    "clean-0.7": (
         "threshold 0.7 without duplicates, and masks of pseudo-labels at full resolution",
-        ["distill.py --teacher {teacher} --fine-masks --max-overlap 0.5 --score-threshold 0.7"],
+        ["distill.py --teacher {teacher} --max-overlap 0.5 --fine-masks --score-threshold 0.7"],
     ),
     "pixel-weights": (
         "mask BCE weighted by how sure the teacher is of a pixel (PL-DC)",
@@ -117,7 +132,7 @@ RECIPES = {
         ["distill.py --teacher {teacher} --score-threshold 0.5 --score-power 4"],
     ),
     "refined": (
-        "a third of phase 3 more, on labels only at a tenth of the learning rate (CAST)",
+        "a third of phase 3 more, on labels only, with at most a tenth of the learning rate (CAST)",
         ["distill.py --labels-only --init {distilled} --lr 1e-4 --steps {refine}"],
     ),
     "more-distillation": (
@@ -126,8 +141,17 @@ RECIPES = {
     ),
 }
 # Recipes that repeat what another does there, because that is its threshold.
-SAME = {("shapes", "threshold-0.9"), ("nuclei", "threshold-0.7"), ("nuclei", "paper-values")}
-SAME |= {("nuclei", "lower-later"), ("nuclei", "unguided-lower-later"), ("nuclei", "no-duplicates-0.7")}
+SAME = {("shapes", "threshold-0.9")} | {
+    ("nuclei", recipe)
+    for recipe in (
+        "threshold-0.7",
+        "paper-values",
+        "lower-later",
+        "unguided-lower-later",
+        "no-duplicates-0.7",
+        "clean-0.7",
+    )
+}
 MAIN = ["paper", "labels-only", "unguided", "no-distillation"]
 
 

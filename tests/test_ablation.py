@@ -110,7 +110,10 @@ def test_the_script_runs_a_recipe_as_a_command_and_writes_the_page(ablation, tmp
             signal.signal(number, handler)
     assert "labels_only done" in (tmp_path / "a run/shapes-0.5-3/labels-only/log").read_text()
     assert "50 % of the labels" in capsys.readouterr().out
-    assert "| labels only, for the steps of all phases | " in (tmp_path / "ABLATION.md").read_text()
+    assert (
+        "| `labels-only` | labels only, for the steps of all phases | "
+        in (tmp_path / "ABLATION.md").read_text()
+    )
 
 
 def test_the_quick_table_is_made_of_runs_of_its_own(ablation, tmp_path, monkeypatch, capsys):
@@ -151,8 +154,11 @@ def test_every_recipe_is_a_command_with_the_flags_of_its_data(data, monkeypatch)
             script, *flags = shlex.split(line)
             program = {"distill.py": distill, "burnin.py": burnin}[script]
             cfg = burnin.parse(program.Config, program.PRESETS, flags)
-            assert (cfg.seed, cfg.ratio) == (7, 0.05), line
+            everything = recipe == "all-labels"
+            assert (cfg.seed, cfg.ratio) == (7, 1.0 if everything else 0.05), line
+            assert bool(cfg.split) == (data == "nuclei" and not everything)
             steps = {"refined": (3,) * 3, "no-distillation": (10, 49, 1), "two-phase": (10, 1, 49)}
+            steps |= {"clean-refined": (3,) * 3 if "--labels-only" in line else (10, 20, 30)}
             steps |= {"shorter": (10, 10, 40), "longer": (10, 35, 15), "more-distillation": (10, 20, 39)}
             assert cfg.steps == steps.get(recipe, (10, 20, 30)), line
 
@@ -173,8 +179,8 @@ def test_tables_have_means_deviations_and_paired_differences(tables):
     lines = tables.table(rows)
     ours = next(line for line in lines if "**Guided Distillation**" in line).split("|")
     # Differences of 3 and 2 over the two seeds that both have; standard error sqrt(0.5 / 2).
-    assert ours[3].strip() == "+2.5 ± 0.5 (2)" and ours[2].strip() == "42.0 ± 49.4 (3)"
-    assert next(line for line in lines if "EMA teacher" in line).split("|")[4].strip() == "+1.0 ± 0.0 (3)"
+    assert ours[4].strip() == "+2.5 ± 0.5 (2)" and ours[3].strip() == "42.0 ± 49.4 (3)"
+    assert next(line for line in lines if "EMA teacher" in line).split("|")[5].strip() == "+1.0 ± 0.0 (3)"
 
 
 def test_the_page_and_its_figure_are_made_of_the_records(tables, tmp_path):
@@ -195,6 +201,8 @@ def test_the_page_and_its_figure_are_made_of_the_records(tables, tmp_path):
     assert tables.values_of(refined, "labels_only", "ap") == {69: 10.0}, "or after the paper's end"
     tables.write_page(json.loads(json.dumps(records)), tmp_path)
     page = (tmp_path / "ABLATION.md").read_text()
-    assert "3 runs, 3.0 hours of training. M;" in page and "| unguided burn-in" in page
+    assert "3 runs, 3.0 hours of training without evaluations. M;" in page and "| unguided burn-in" in page
+    commands, _, waiting = page.partition("not run yet: ")
+    assert "| `unguided` | " in commands and "`clean`" in waiting and "`clean` |" not in commands
     assert (tmp_path / "ablation-shapes-2.png").stat().st_size > 10_000
     assert (tmp_path / "ablation-shapes-2-curves.png").stat().st_size > 5_000
