@@ -16,9 +16,8 @@ def results_of(run: dict) -> dict:
     if run["recipe"] == "paper":
         rows = {"teacher": aps["teacher"], "burnt-in": aps["burnin"], "paper": aps["distill"]}
         return rows | {"paper, EMA teacher": last["distill"]["teacher_ap"]}
-    if (
-        run["curve"][-1]["phase"] == "distill" and run["recipe"] != "frozen"
-    ):  # whose teacher is the burnt-in student
+    # The teacher of "frozen" is the burnt-in student, that of a refined one is behind it.
+    if run["curve"][-1]["phase"] == "distill" and run["recipe"] != "frozen":
         more = {"unguided, burnt-in": aps["burnin"]} if run["recipe"] == "unguided" else {}
         more[run["recipe"] + ", EMA teacher"] = last["distill"]["teacher_ap"]
         return {run["recipe"]: aps["distill"], **more}
@@ -175,11 +174,11 @@ def curves(runs: list[dict], file: Path) -> None:
 INTRO = """# What makes it work
 
 Made by `python bench/ablation.py --tables` from the runs in `ablation.jsonl`, which has the commands and the
-evaluations of each. Guided Distillation is the method with the settings under "Commands" and those of the
-preset shapes (`PRESETS` in burnin.py and distill.py: a threshold of 0.9 and an EMA decay of 0.998, where the
-paper has 0.7 and 0.9996 in far longer runs); every other row changes what it says. AP is that of the student
-at the end of training, never the best on the way. Teacher and burnt-in students are measured where their
-phase ends, the latter in the middle of the learning rate's schedule.
+evaluations of each. Guided Distillation is the method with the settings under "Commands", and where these say
+nothing those of the preset shapes (`PRESETS` in burnin.py and distill.py: a threshold of 0.9 and an EMA decay
+of 0.998, where the paper has 0.7 and 0.9996 in far longer runs); every other row changes what it says. AP is
+that of the student at the end of training, never the best on the way. Teacher and burnt-in students are
+measured where their phase ends, the latter in the middle of the learning rate's schedule.
 All recipes of a seed have the same labelled images and, where they do not say otherwise, the same teacher and
 a student with the same initial weights; so recipes are compared seed by seed: the two columns on the right
 are means of such differences, with their standard error and number. With three seeds, the 95 % interval is

@@ -199,6 +199,13 @@ def test_the_page_and_its_figure_are_made_of_the_records(tables, tmp_path):
     refined = records[0] | {"commands": ["distill.py --labels-only --steps 3"]}
     refined["curve"] = [{"phase": "labels_only", "step": 9, "ap": 10.0}]
     assert tables.values_of(refined, "labels_only", "ap") == {69: 10.0}, "or after the paper's end"
+    both = refined | {"recipe": "clean-refined", "commands": records[0]["commands"] + refined["commands"]}
+    both["curve"] = records[0]["curve"] + refined["curve"]
+    assert tables.values_of(both, "distill", "ap") == {35: 10.0}
+    assert tables.values_of(both, "labels_only", "ap") == {69: 10.0}
+    assert tables.results_of(both | {"curve": [*both["curve"][:-1], refined["curve"][0] | {"ap": 12.0}]}) == {
+        "clean-refined": 12.0
+    }
     tables.write_page(json.loads(json.dumps(records)), tmp_path)
     page = (tmp_path / "ABLATION.md").read_text()
     assert "3 runs, 3.0 hours of training without evaluations. M;" in page and "| unguided burn-in" in page
