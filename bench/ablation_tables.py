@@ -219,10 +219,10 @@ def write_page(runs: list[dict], folder: Path) -> None:
     t, b, d = DATA["shapes"][1]
     names = {"own": "OUT", "teacher": "TEACHER", "student": "STUDENT", "distilled": "DISTILLED"}
     parts += ["| recipe | what it is | commands, with the steps of shapes |", "|---|---|---|"]
-    found = {run["recipe"] for run in runs}
+    recorded = {run["recipe"] for run in runs}
     for recipe, (text, commands) in RECIPES.items():
         lines = "<br>".join(f"`{line.format(**names, **numbers_of(t, b, d))}`" for line in commands)
-        parts += [f"| `{recipe}` | {text} | {lines} |"] if recipe in found else []
-    others = ", ".join(f"`{recipe}`" for recipe in RECIPES if recipe not in found)
+        parts += [f"| `{recipe}` | {text} | {lines} |"] if recipe in recorded else []
+    others = ", ".join(f"`{recipe}`" for recipe in RECIPES if recipe not in recorded)
     parts += ["", f"In recipes.py, and not run yet: {others}."] if others else []
     (folder / "ABLATION.md").write_text("\n".join(parts) + "\n")

@@ -113,7 +113,7 @@ RECIPES = {
         ["distill.py --teacher {teacher} --max-overlap 0.5 --fine-masks"],
     ),
     "clean-refined": (
-        "the same, then a third of phase 3 more on labels only, with at most a tenth of the learning rate",
+        "clean, then a third of phase 3 more on labels only, with at most a tenth of the learning rate",
         [
             "distill.py --teacher {teacher} --max-overlap 0.5 --fine-masks --out {own}-start",
             "distill.py --labels-only --init {own}-start/distill.pt --lr 1e-4 --steps {refine}",
