@@ -1,4 +1,5 @@
 # make demo: the whole method on a laptop.  make test: the tests.  make torture: those of what can break, longer.
+# make test-gpu: those that need a GPU.
 # Each makes .venv and installs what is needed the first time.
 PYTHON ?= python3
 
@@ -6,7 +7,10 @@ demo: .venv/installed
 	.venv/bin/python distill.py --data shapes --ratio 0.02
 
 test: .venv/installed-tests
-	.venv/bin/python -m pytest -q tests -m "not slow"
+	.venv/bin/python -m pytest -q tests -m "not slow and not gpu"
+
+test-gpu: .venv/installed-tests
+	.venv/bin/python -m pytest -q tests -m gpu
 
 torture: .venv/installed-tests
 	.venv/bin/python -m pytest -q tests/test_faults.py tests/test_reading.py
@@ -26,4 +30,4 @@ lint: .venv/installed-tests
 	.venv/bin/python -m pip install -q -r tests/requirements.txt
 	touch $@
 
-.PHONY: demo test torture lint
+.PHONY: demo test test-gpu torture lint

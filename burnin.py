@@ -335,7 +335,8 @@ def guided_step(
 
 def set_losses(criterion, outputs, targets, pairs=None) -> dict:
     """The criterion's losses, normalised by the mean number of objects over processes."""
-    count = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=outputs["pred_logits"].device)
+    device = outputs["pred_logits"].device
+    count = torch.full((), float(sum(len(t["labels"]) for t in targets)), device=device)
     return criterion(outputs, targets, num_objects=engine.mean_over_processes(count), pairs=pairs)
 
 

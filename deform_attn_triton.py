@@ -2,8 +2,8 @@
 and backward.
 
 model.py takes it for tensors on a GPU if this file and Triton are there; without the file everything still
-runs. On a CPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which is how they are tested;
-on a GPU they have not been run yet.
+runs. On a CPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1), which is how `make test` tests
+them; `make test-gpu` runs them on a GPU. bench/RESULTS.md has their times.
 
 Equation 3 of Deformable DETR (Zhu et al., ICLR 2021, arXiv 2010.04159). A program takes one image, one head,
 a block of queries, and for each sample the four pixels around it. Values may be half precision;
@@ -11,6 +11,8 @@ coordinates, weights and sums are fp32. The backward pass reads the pixels again
 arguments, and adds to the value's gradient by fp32 atomics.
 
 Letters: B images, S positions of all levels, M heads, D channels of a head, N queries, L levels, P points."""
+
+from itertools import accumulate
 
 import torch
 import triton
@@ -21,12 +23,12 @@ BLOCK = 32  # queries of a program
 
 
 @triton.jit
-def _sample(locations, level_sizes, level_starts, sample, query, level, inside, N, LP: tl.constexpr):
+def _sample(locations, levels, sample, query, level, inside, N, LP: tl.constexpr):
     """Of a sample of each query of the block: its place among all samples, the level's size and start, the
     upper left pixel, and how far the sample is from it."""
-    W = tl.load(level_sizes + 2 * level)
-    H = tl.load(level_sizes + 2 * level + 1)
-    start = tl.load(level_starts + level)
+    W = tl.load(levels + 3 * level)
+    H = tl.load(levels + 3 * level + 1)
+    start = tl.load(levels + 3 * level + 2)
     place = query * LP + sample
     x = tl.load(locations + 2 * place, mask=inside, other=0.0) * W - 0.5
     y = tl.load(locations + 2 * place + 1, mask=inside, other=0.0) * H - 0.5
@@ -48,7 +50,7 @@ def _corner(column, row, W, H, start, image, head, inside, S, M: tl.constexpr, D
 
 @triton.jit
 def _forward(
-    value, locations, weights, output, level_sizes, level_starts, S, N,
+    value, locations, weights, output, levels, S, N,
     M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
     LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -60,7 +62,7 @@ def _forward(
     total = tl.zeros((BLOCK, LANES), tl.float32)
     for sample in range(L * P):
         place, W, H, start, column, row, x, y = _sample(
-            locations, level_sizes, level_starts, sample, query, sample // P, inside, N, L * P
+            locations, levels, sample, query, sample // P, inside, N, L * P
         )
         weight = tl.load(weights + place, mask=inside, other=0.0).to(tl.float32)
         for corner in tl.static_range(4):
@@ -78,7 +80,7 @@ def _forward(
 @triton.jit
 def _backward(
     value, locations, weights, grad_output, grad_value, grad_locations, grad_weights,
-    level_sizes, level_starts, S, N,
+    levels, S, N,
     M: tl.constexpr, D: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
     LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -91,7 +93,7 @@ def _backward(
     grad = tl.load(grad_output + query[:, None] * D + channel[None], mask=mask, other=0.0).to(tl.float32)
     for sample in range(L * P):
         place, W, H, start, column, row, x, y = _sample(
-            locations, level_sizes, level_starts, sample, query, sample // P, inside, N, L * P
+            locations, levels, sample, query, sample // P, inside, N, L * P
         )
         weight = tl.load(weights + place, mask=inside, other=0.0).to(tl.float32)
         by_weight = tl.zeros((BLOCK,), tl.float32)
@@ -119,11 +121,12 @@ def _backward(
 def _launch(kernel, value, locations, weights, *more, spatial_shapes):
     B, S, M, D = value.shape
     _, N, _, L, P, _ = locations.shape
-    sizes = torch.tensor([(W, H) for H, W in spatial_shapes], dtype=torch.int32).to(value.device)
-    starts = (sizes[:, 0] * sizes[:, 1]).cumsum(0).to(torch.int32) - sizes[:, 0] * sizes[:, 1]
+    areas = [H * W for H, W in spatial_shapes]
+    levels = [(W, H, start) for (H, W), start in zip(spatial_shapes, accumulate([0, *areas]))]
+    levels = torch.tensor(levels, dtype=torch.int32).to(value.device, non_blocking=True)
     grid = triton.cdiv(N, BLOCK), B, M
     lanes = triton.next_power_of_2(D)
-    arguments = value, locations, weights, *more, sizes, starts, S, N
+    arguments = value, locations, weights, *more, levels, S, N
     with torch.cuda.device_of(value):  # Triton launches on the current device
         kernel[grid](*arguments, M=M, D=D, L=L, P=P, LANES=lanes, BLOCK=BLOCK)
 

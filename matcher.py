@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-CACHED = 2**21  # mask logits compared at once: 8 MB of fp32 stay in a CPU's cache
+# Mask logits compared at once: 8 MB of fp32 stay in a CPU's cache; a GPU wants few large kernels.
+AT_ONCE = {"cpu": 2**21, "cuda": 2**27}
 
 
 def sample_points(maps: Tensor, points: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def sample_together(rows: Tensor, H: int, W: int, points: Tensor) -> Tensor:
 def bilinear_taps(points: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
     """points (..., 2) in [0, 1] on a map of H x W pixels -> the four pixels around each, counted row by row,
     and their bilinear shares, zero for those outside the map: both (..., 4)."""
-    pixels = points * torch.tensor([W, H], device=points.device) - 0.5
+    pixels = points * torch.tensor([W, H]).to(points.device, non_blocking=True) - 0.5
     corner = pixels.floor()
     (x, y), (left, upper) = (pixels - corner).unbind(-1), corner.int().unbind(-1)
     x0, x1 = (1 - x) * (left >= 0), x * (left < W - 1)
@@ -109,7 +110,8 @@ class HungarianMatcher(nn.Module):
         with torch.autocast(maps.device.type, enabled=False):
             rows = maps.float().flatten(1).T.contiguous()
             softplus, p_sum, t_sum, t_x, t_p = 0, 0, 0, 0, 0  # sums over the points
-            for part in points.split(max(1, CACHED // class_logits[:, :, 0].numel())):
+            at_once = AT_ONCE.get(maps.device.type, 2**21)
+            for part in points.split(max(1, at_once // class_logits[:, :, 0].numel())):
                 x = sample_together(rows, *maps.shape[1:], part)
                 if embed is not None:  # sampling and the product with the queries' embeddings commute
                     x = x @ embed.float().T  # (P, T * Q)

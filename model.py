@@ -402,8 +402,8 @@ class MSDeformAttn(nn.Module):
         # A bfloat16 offset would be off by up to 0.06 pixels: under autocast too this is fp32.
         with torch.autocast(query.device.type, enabled=False):
             query = query.to(self.sampling_offsets.weight.dtype)
-            sizes = torch.tensor([(W, H) for H, W in spatial_shapes], dtype=query.dtype, device=query.device)
-            sizes = sizes[:, None].expand(M, L, P, 2).reshape(-1)
+            sizes = torch.tensor([(W, H) for H, W in spatial_shapes], dtype=query.dtype)
+            sizes = sizes.to(query.device, non_blocking=True)[:, None].expand(M, L, P, 2).reshape(-1)
             offsets = (self.sampling_offsets(query) / sizes).view(B, N, M, L, P, 2)
             locations = reference_points[:, None, None, None, :] + offsets  # (B, N, M, L, P, 2)
             weights = self.attention_weights(query).view(B, N, M, L * P).transpose(2, 3)

@@ -4,19 +4,19 @@ their models do it; theirs makes the masks of all queries of these, ours those t
 
     python bench/criterion.py                      # 512 x 512, 2 images, 7 objects each
     python bench/criterion.py --objects 100
+    python bench/criterion.py --device cuda --size 1024 --batch 8
 
 It prints medians in seconds and their ratio."""
 
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sides import CLASSES, make_batch
+from sides import CLASSES, make_batch, mark, seconds_between, where
 
 import engine
 from matcher import SetCriterion
@@ -56,15 +56,18 @@ def main():
     parser.add_argument("--points", type=int, default=12544)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
-    torch.manual_seed(0)
-    engine.keep_freed_memory()  # for both
+    device = engine.start_processes(flags.device, "fp32")  # memory is kept on a CPU, for both
     _, targets = make_batch(flags.size, flags.batch, flags.objects)
+    targets = [{name: tensor.to(device) for name, tensor in target.items()} for target in targets]
+    torch.set_default_device(device)
+    torch.manual_seed(0)
     side, C = flags.size // 4, 256
     their_features = (torch.randn(flags.batch, C, side, side) / C**0.5).requires_grad_()
     features = their_features.detach().clone()
-    if fast_convolutions(features):
+    if device.type == "cuda" or fast_convolutions(features):
         features = features.contiguous(memory_format=torch.channels_last)
     features.requires_grad_()
     predictions = [
@@ -76,7 +79,8 @@ def main():
         for _ in range(10)
     ]
     inputs = [p[name] for p in predictions for name in ("pred_logits", "mask_embed")]
-    criterion, peer = SetCriterion(CLASSES, num_points=flags.points), hugging_face(flags.points)
+    criterion = SetCriterion(CLASSES, num_points=flags.points).to(device)
+    peer = hugging_face(flags.points)
 
     def ours():
         return sum(criterion({**predictions[-1], "aux_outputs": predictions[:-1]}, targets).values())
@@ -95,14 +99,15 @@ def main():
     seconds = {name: [] for name in sides}
     for _ in range(flags.rounds + 1):
         for name, (loss, maps) in sides.items():
-            start = time.perf_counter()
+            start = mark(device)
             value = loss()
-            middle = time.perf_counter()
+            middle = mark(device)
             torch.autograd.grad(value, [maps, *inputs])
-            seconds[name].append((middle - start, time.perf_counter() - middle))
+            end = mark(device)
+            seconds[name].append((seconds_between(start, middle), seconds_between(middle, end)))
     print(f"{flags.batch} images of {flags.size} x {flags.size}, {flags.objects} objects each")
     print(f"{flags.queries} queries, {flags.points} points, 10 predictions")
-    print(f"{flags.threads} threads, torch {torch.__version__}\n")
+    print(f"{where(flags)}, torch {torch.__version__}\n")
     print(f"{'seconds':10}{'forward':>10}{'backward':>10}{'both':>10}")
     rows = {}
     for name, values in seconds.items():

@@ -3,18 +3,21 @@ Mask2Former (grid_sample, as in the official code's fallback), in turn in one pr
 
     python bench/deform_attn.py                      # a layer of the pixel decoder: 2 images of 512 x 512
     python bench/deform_attn.py --size 1024 --batch 1
+    python bench/deform_attn.py --size 1024 --batch 16 --device cuda         # the Triton kernels
+    python bench/deform_attn.py --size 1024 --batch 16 --device cuda --bf16  # with values in bfloat16
 
 It prints medians in milliseconds, their ratio, and how much is kept for the backward pass."""
 
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from sides import mark, seconds_between, where
+
 import engine
 from model import ms_deform_attn, pixel_centres
 
@@ -42,37 +45,41 @@ def main():
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--bf16", action="store_true", help="ours with values in bfloat16")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
-    engine.keep_freed_memory()  # for both
+    device = engine.start_processes(flags.device, "fp32")  # memory is kept on a CPU, for both
     value, shapes, locations, weights = make_inputs(flags.size, flags.batch)
-    inputs = [tensor.requires_grad_() for tensor in (value, locations, weights)]
-    grad = torch.randn(flags.batch, value.shape[1], M * D)
+    inputs = [tensor.to(device).requires_grad_() for tensor in (value, locations, weights)]
+    grad = torch.randn(flags.batch, value.shape[1], M * D).to(device)
     sides = {"ours": ms_deform_attn, "theirs": multi_scale_deformable_attention}
     seconds, kept = {name: [] for name in sides}, {}
     for _ in range(flags.rounds + 1):
         for name, attention in sides.items():
-            storages = {}
-            start = time.perf_counter()
+            storages, ours_in_bf16 = {}, flags.bf16 and name == "ours"
+            given = [inputs[0].detach().bfloat16().requires_grad_(), *inputs[1:]] if ours_in_bf16 else inputs
+            start = mark(device)
             with torch.autograd.graph.saved_tensors_hooks(
                 lambda t, storages=storages: storages.update({t.data_ptr(): t.nbytes}) or t, lambda t: t
             ):
-                output = attention(value, shapes, locations, weights)
-            middle = time.perf_counter()
-            torch.autograd.grad(output, inputs, grad)
-            seconds[name].append((middle - start, time.perf_counter() - middle))
+                output = attention(given[0], shapes, *given[1:])
+            middle = mark(device)
+            torch.autograd.grad(output, given, grad.to(output.dtype))
+            end = mark(device)
+            seconds[name].append((seconds_between(start, middle), seconds_between(middle, end)))
             kept[name] = sum(storages.values()) / 2**20
     print(
         f"one layer, {flags.batch} images of {flags.size} x {flags.size}: {value.shape[1]} queries, 3 levels"
     )
-    print(f"{M} heads x {D}, {P} points; {flags.threads} threads, torch {torch.__version__}\n")
+    print(f"{M} heads x {D}, {P} points; {where(flags)}, torch {torch.__version__}\n")
     print(f"{'ms':10}{'forward':>10}{'backward':>10}{'both':>10}{'kept MiB':>10}")
-    rows = {}
+    rows, digits = {}, 2 if device.type == "cuda" else 0
     for name, values in seconds.items():
         values = values[1:]  # the first warms up
         rows[name] = [1e3 * statistics.median(v) for v in (*zip(*values), [sum(v) for v in values])]
         rows[name].append(kept[name])
-        print(f"{name:10}" + "".join(f"{value:10.0f}" for value in rows[name]))
+        print(f"{name:10}" + "".join(f"{value:10.{digits}f}" for value in rows[name]))
     print(f"{'ratio':10}" + "".join(f"{a / b:10.2f}" for a, b in zip(rows["ours"], rows["theirs"])))
 
 

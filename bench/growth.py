@@ -37,9 +37,8 @@ GROWTH = {
 
 def measure(flags) -> dict:
     """{name: [(value, seconds, GiB)]}"""
-    base = dict(
-        size=256, batch=2, objects=7, unlabelled=0, threads=2, allocator=False, only=["ours", "guided"]
-    )
+    base = dict(size=256, batch=2, objects=7, unlabelled=0, threads=2, device="cpu", allocator=False)
+    base |= dict(only=["ours", "guided"])
     base, found = argparse.Namespace(rounds=flags.rounds, **base), {}
     for name, (side, values, flag, _) in GROWTH.items():
         found[name] = []

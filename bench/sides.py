@@ -19,6 +19,7 @@ from model import Mask2Former, convert_state_dict
 from weights import _read
 
 CLASSES = 80
+CPU = torch.device("cpu")
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 
@@ -61,7 +62,8 @@ def load_theirs(folder):
 
 def normalised(images):
     """As theirs wants them."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    mean, std = (torch.tensor(v).view(3, 1, 1).to(images.device, non_blocking=True) for v in (mean, std))
     return (images - mean) / std
 
 
@@ -72,11 +74,27 @@ def load_ours(folder) -> Mask2Former:
     return model
 
 
+def mark(device):
+    """A moment, as the device sees it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start, end) -> float:
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
 class Clock:
     """Seconds by name, `with clock("name"):` or within the forward pass of modules."""
 
-    def __init__(self, **modules):
-        self.seconds, self.name = {}, None
+    def __init__(self, device=CPU, **modules):
+        self.device, self.marks, self.name = device, [], None
         for name, module in modules.items():
             module.register_forward_pre_hook(lambda *_, name=name: self(name).__enter__())
             module.register_forward_hook(lambda *_: self.__exit__())
@@ -86,10 +104,18 @@ class Clock:
         return self
 
     def __enter__(self):
-        self.started = time.perf_counter()
+        self.started = mark(self.device)
 
     def __exit__(self, *_):
-        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.perf_counter() - self.started
+        self.marks.append((self.name, self.started, mark(self.device)))
+
+    def seconds(self) -> dict:
+        """Of all parts since the last call."""
+        total = {}
+        for name, start, end in self.marks:
+            total[name] = total.get(name, 0.0) + seconds_between(start, end)
+        self.marks.clear()
+        return total
 
 
 def parse(description, sides, usual=None, **defaults):
@@ -105,6 +131,7 @@ def parse(description, sides, usual=None, **defaults):
     parser.add_argument(
         "--only", nargs="+", choices=sides, default=usual or list(sides), help="time these alone"
     )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     flags = parser.parse_args()
@@ -121,16 +148,21 @@ def serve(side, flags):
     step, clock = side(flags)
     print(json.dumps("ready"), flush=True)
     for _ in sys.stdin:
-        clock.seconds.clear()
+        if clock.device.type == "cuda":
+            torch.cuda.synchronize()
         start = time.perf_counter()
-        step()
-        result = {"step": time.perf_counter() - start, **clock.seconds}
-        result["peak GiB"] = peak()
+        more = step()
+        if clock.device.type == "cuda":
+            torch.cuda.synchronize()
+        result = {"step": time.perf_counter() - start, **clock.seconds(), **(more or {})}
+        result["peak GiB"] = peak(clock.device)
         print(json.dumps(result), flush=True)
 
 
-def peak() -> float:
-    """Of this process's memory so far, GiB."""
+def peak(device=CPU) -> float:
+    """GiB so far: of this process's memory, or of its tensors on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -141,6 +173,8 @@ def take_turns(script, sides, flags, *, queries=100, **changed) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         save_theirs(folder, queries)
         processes = {side: start(script, side, folder, flags) for side in sides if side in flags.only}
+        for process in processes.values():
+            answer(process)
         results = {side: [] for side in processes}
         for number in range(flags.rounds + 1):
             for side, process in processes.items():
@@ -161,9 +195,9 @@ def take_turns(script, sides, flags, *, queries=100, **changed) -> dict:
 def start(script, side, folder, flags):
     arguments = [sys.executable, script, "--side", side, "--folder", folder]
     for name, value in vars(flags).items():
-        if isinstance(value, int) and name != "allocator":
+        if isinstance(value, int) and name != "allocator" or name == "device":
             arguments += [f"--{name}", str(value)]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         arguments,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -171,8 +205,6 @@ def start(script, side, folder, flags):
         text=True,
         env=os.environ | (KEEP if flags.allocator else {}),
     )
-    answer(process)
-    return process
 
 
 def answer(process):
@@ -199,4 +231,9 @@ def ratios(rows: dict, peer="theirs") -> dict:
 
 def headline(flags) -> None:
     print(f"R50, {flags.batch} images of {flags.size} x {flags.size}, {flags.objects} objects each")
-    print(f"{flags.threads} threads, torch {torch.__version__}", flush=True)
+    print(f"{where(flags)}, torch {torch.__version__}", flush=True)
+
+
+def where(flags) -> str:
+    on_gpu = flags.device.startswith("cuda")
+    return torch.cuda.get_device_name(flags.device) if on_gpu else f"{flags.threads} threads"

@@ -1,4 +1,5 @@
-"""The Triton kernels of deformable attention, in Triton's interpreter, against the plain operator."""
+"""The Triton kernels of deformable attention, in Triton's interpreter and on a GPU, against the plain
+operator."""
 
 import json
 import os
@@ -37,11 +38,11 @@ def compare(B, N, M, D, P, shapes, spread, dtype):
     weights = torch.randn(B, N, M, L * P).softmax(-1).view(B, N, M, L, P)
     grad = torch.randn(B, N, M * D)
     results = []
-    for attention in (deform_attn_triton.ms_deform_attn, model.ms_deform_attn):
-        inputs = [tensor.clone().requires_grad_() for tensor in (value, locations, weights)]
+    for attention, on in ((deform_attn_triton.ms_deform_attn, device), (model.ms_deform_attn, "cpu")):
+        inputs = [tensor.to(on, copy=True).requires_grad_() for tensor in (value, locations, weights)]
         output = attention(inputs[0], shapes, *inputs[1:])
-        output.backward(grad.to(output.dtype))
-        results.append([output, *(tensor.grad for tensor in inputs)])
+        output.backward(grad.to(output))
+        results.append([output.cpu(), *(tensor.grad.cpu() for tensor in inputs)])
     tolerance = 1e-5 if dtype == "float32" else 2e-2
     for name, ours, plain in zip(("output", "value", "locations", "weights"), *results):
         error = (ours.float() - plain.float()).abs().max() / plain.float().abs().max().clamp(min=1e-3)
@@ -49,12 +50,14 @@ def compare(B, N, M, D, P, shapes, spread, dtype):
     assert results[0][0].dtype == value.dtype and results[0][1].dtype == value.dtype
     if N == 1:  # slow
         sizes = [side for shape in shapes for side in shape]
+        inputs = [tensor.detach().to(device).requires_grad_() for tensor in inputs]
         torch.library.opcheck(deform_attn_triton.ms_deform_attn_op, (*inputs, sizes))
     locations = locations.detach().clone()
     locations[0, 0] = float("nan")
+    value, locations, weights = (tensor.to(device) for tensor in (value, locations, weights))
     assert (deform_attn_triton.ms_deform_attn(value, shapes, locations, weights)[0, 0] == 0).all()
 
-verdicts = {}
+verdicts, device = {}, sys.argv[2]
 for name, case in json.loads(sys.argv[1]).items():
     try:
         compare(*case)
@@ -65,10 +68,11 @@ print(json.dumps(verdicts))
 """
 
 
-@pytest.fixture(scope="module")
-def verdicts():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", SCRIPT, json.dumps(CASES)]
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def verdicts(request):
+    interpreted = {"TRITON_INTERPRET": "1"} if request.param == "cpu" else {}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | interpreted
+    command = [sys.executable, "-c", SCRIPT, json.dumps(CASES), request.param]
     result = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     return json.loads(result.stdout.splitlines()[-1])
@@ -88,7 +92,7 @@ from triton.compiler import ASTSource
 
 constants = dict(M=8, D=32, L=3, P=4, LANES=32, BLOCK=deform_attn_triton.BLOCK)
 types = dict.fromkeys(constants, "constexpr") | dict.fromkeys(("S", "N"), "i32")
-types |= dict.fromkeys(("level_sizes", "level_starts"), "*i32")
+types["levels"] = "*i32"
 types |= dict.fromkeys(("value", "output", "grad_output"), sys.argv[1])
 for kernel in (deform_attn_triton._forward, deform_attn_triton._backward):
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
