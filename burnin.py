@@ -369,12 +369,16 @@ def burn_in_teacher(cfg: Config, setting: Setting, phase: str = "teacher") -> No
     # Run, and so a checkpoint, calls the "student" what is trained: here the teacher to be.
     device, student = setting.device, setting.fresh_model("teacher")
     more = dict(describe=setting.describe, later=setting.later(phase))
-    run = Run(cfg, phase, student, device, steps, (0, steps), **more)
-    labelled = setting.labelled_stream(phase, run.first_step)
+    learn_from_labels(Run(cfg, phase, student, device, steps, (0, steps), **more), setting)
+
+
+def learn_from_labels(run: Run, setting: Setting) -> None:
+    """The loop of a phase without a teacher -> out/<phase>.pt"""
+    labelled = setting.labelled_stream(run.phase, run.first_step)
 
     for step in run:
         batch = next(labelled)
-        losses = supervised_step(run.student, setting.criterion, batch, device)
+        losses = supervised_step(run.student, setting.criterion, batch, setting.device)
         loss = sum(losses.values())
         run.update(loss, losses, batch)
         # logging

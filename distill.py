@@ -10,7 +10,8 @@ step of burnin.py with a teacher that follows the student.
     python distill.py --data my_dataset --ratio 0.1                    # a folder in COCO form
 
 It writes teacher.pt, burnin.pt, distill.pt, a picture and report.html into runs/<data>-<ratio>/; the same
-command goes on where it was stopped."""
+command goes on where it was stopped. --refine STEPS adds a last phase on labels alone, which is not in the
+paper, and refine.pt."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -41,6 +42,17 @@ class Config(burnin.Config):
         group="distillation, phase 3",
     )
     student: str = knob("", "checkpoint of a burnt-in student of one's own; phases 1 and 2 are skipped")
+    refine: int = knob(
+        0,
+        "steps of a last phase on labels only, with a tenth of --lr, which is not in the paper; a third of "
+        "phase 3 did well; 0: none",
+        group="refinement, phase 4",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.refine and self.labels_only:
+            raise ValueError("--refine is a phase after distillation, which --labels-only leaves out")
 
 
 # In the 900 steps of shapes a decay of 0.9996 would keep 70 % of the teacher that phase 3 begins with.
@@ -66,7 +78,7 @@ def distill(cfg: Config, setting: Setting) -> None:
     student, teacher = (load_model(start, "student", device) for _ in range(2))
     student.requires_grad_(True)
     schedule = cfg.steps[1], cfg.steps[1] + cfg.steps[2]  # goes on where phase 2 ended
-    more = dict(optimizer_state=start["optimizer"], describe=setting.describe)
+    more = dict(optimizer_state=start["optimizer"], describe=setting.describe, later=setting.later("distill"))
     run = Run(cfg, "distill", student, device, cfg.steps[2], schedule, teacher, **more)
     labelled, unlabelled = setting.both_streams("distill", run.first_step)
 
@@ -85,6 +97,16 @@ def distill(cfg: Config, setting: Setting) -> None:
     teacher_ap = setting.evaluate(teacher)
     say(f"the EMA teacher: {ap_line(teacher_ap)}")
     burnin.finish(run, setting, teacher, teacher_ap=teacher_ap)
+
+
+def refine(cfg: Config, setting: Setting) -> None:
+    """Phase 4, off by default: the student ends on the labels alone, which pseudo-labels had biased it from
+    (CAST, arXiv 2505.21904) -> refine.pt"""
+    student = load_model(load_checkpoint(Path(cfg.out) / "distill.pt"), "student", setting.device)
+    student.requires_grad_(True)
+    more = dict(describe=setting.describe, lr_scale=0.1)
+    run = Run(cfg, "refine", student, setting.device, cfg.refine, (0, cfg.refine), **more)
+    burnin.learn_from_labels(run, setting)
 
 
 def load_student(cfg: Config, setting: Setting) -> dict:
@@ -107,8 +129,10 @@ def summary(cfg: Config, setting: Setting) -> None:
             phases["labels only"] = load_checkpoint(out / "labels_only.pt")
         phases["burnt-in"] = load_student(cfg, setting)
         last = load_checkpoint(out / "distill.pt")
+        refined = load_checkpoint(out / "refine.pt") if cfg.refine else None
     aps = {name: phase.get("ap") for name, phase in phases.items()}
     aps |= {"student": last["ap"], "EMA teacher": last["teacher_ap"]}
+    aps |= {"refined": refined["ap"]} if refined else {}
     ones_own = {"teacher": cfg.teacher, "burnt-in": cfg.student}  # their AP may be of other images
     aps = {name: ap for name, ap in aps.items() if ap and not ones_own.get(name)}
     if aps:
@@ -117,7 +141,7 @@ def summary(cfg: Config, setting: Setting) -> None:
         say(ap_table(aps, by_class))
     if engine.rank() == 0:
         first = "burnt-in" if cfg.student else "teacher"
-        models = {first: phases[first], "student": last}
+        models = {first: phases[first], **({"refined": refined} if refined else {"student": last})}
         models = {name: load_model(checkpoint, "student", device) for name, checkpoint in models.items()}
         rows, names = setting.pictures(models), ["image", "ground truth", *models]
         sheet(rows, names).save(out / "predictions.png")
@@ -151,7 +175,10 @@ def main(cfg: Config) -> None:
         if not setting.finished["distill"]:
             say("phase 3 of 3, distillation: the teacher follows the student")
             distill(cfg, setting)
-        else:
+        if cfg.refine and not setting.finished["refine"]:
+            say("phase 4, refinement: labels only, with a tenth of the learning rate")
+            refine(cfg, setting)
+        elif setting.finished["distill"]:
             say("all phases are done")
         if setting.val:
             with user_errors(OSError):

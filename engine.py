@@ -277,7 +277,7 @@ class Run:
     saved along, or None.
     steps: of this phase. schedule: (first, length): where this phase begins in a learning-rate schedule,
     and that schedule's length. later: the work of the phases to come, in steps of this one.
-    describe: plain values that are written into every checkpoint."""
+    describe: plain values that are written into every checkpoint. lr_scale: what cfg.lr is multiplied by."""
 
     def __init__(
         self,
@@ -291,11 +291,12 @@ class Run:
         optimizer_state=None,
         describe=None,
         later=0.0,
+        lr_scale=1.0,
     ):
         self.cfg, self.phase, self.device, self.steps, self.schedule = cfg, phase, device, steps, schedule
         self.model, self.teacher, self.describe, self.later = student, teacher, describe or {}, later
         self.out = Path(cfg.out)
-        self.optimizer = make_optimizer(student, cfg.lr, cfg.weight_decay, cfg.backbone_lr_factor)
+        self.optimizer = make_optimizer(student, lr_scale * cfg.lr, cfg.weight_decay, cfg.backbone_lr_factor)
         if optimizer_state:  # its moments; it may have been made with another lr
             groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
             self.optimizer.load_state_dict(optimizer_state)

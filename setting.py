@@ -80,7 +80,7 @@ class Setting:
         engine.lr_factor(cfg.schedule, progress=0.0)
         self.finished = {  # read once: checkpoints are large
             phase: finished(cfg, phase, split=self.describe["split"])
-            for phase in ("teacher", "burnin", "distill", "labels_only")
+            for phase in ("teacher", "burnin", "distill", "refine", "labels_only")
         }
         engine.check_alike(sum(self.finished.values()), "finished phases, in number", self.device)
         if cfg.teacher:
@@ -143,6 +143,7 @@ class Setting:
         phases = list(zip(cfg.steps, ("teacher burn-in", "guided burn-in", "distillation")))
         first = 2 if getattr(cfg, "student", "") else 1 if cfg.teacher else 0
         phases = phases[first : 3 if self.last == "distill" else 2]
+        phases += [(cfg.refine, "refinement")] if getattr(cfg, "refine", 0) else []
         steps = ", ".join(f"{number:,} {phase}" for number, phase in phases)
         unlabelled = "" if cfg.labels_only else f"and {cfg.batch} unlabelled "
         batch = f"{cfg.batch} labelled {unlabelled}images a step, lr {cfg.lr:.3g}"
@@ -171,7 +172,13 @@ class Setting:
         """The work of the phases after this one, in its own steps."""
         _, burnin, distill = self.cfg.steps
         distill *= self.last == "distill"
-        return {"teacher": GUIDED * (burnin + distill), "burnin": distill}.get(phase, 0)
+        refine = getattr(self.cfg, "refine", 0) / GUIDED
+        work = {
+            "teacher": GUIDED * (burnin + distill + refine),
+            "burnin": distill + refine,
+            "distill": refine,
+        }
+        return work.get(phase, 0)
 
     def warnings(self):
         """What training can do with but its owner would want to know."""
@@ -264,6 +271,7 @@ def finished(cfg, phase: str, **same) -> bool:
     """Whether out/<phase>.pt is there. Raises ValueError if it, or what is left of a run cut short, was made
     with other settings, or has other values than `same`."""
     final = Path(cfg.out) / f"{phase}.pt"
+    may_differ = BOOKKEEPING | ({"refine"} if phase != "refine" else set())  # a later phase may be added
     try:
         whole = load_checkpoint(final) if final.exists() else None
     except ValueError as error:
@@ -273,7 +281,7 @@ def finished(cfg, phase: str, **same) -> bool:
             before = checkpoint["config"] | {name: checkpoint.get(name) for name in same}
             now = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in same} | same
             for name in now:  # flags first, then what follows from them
-                if name in before.keys() - BOOKKEEPING and before[name] != now[name]:
+                if name in before.keys() - may_differ and before[name] != now[name]:
                     change = f"{name} {before[name]!r}, now {now[name]!r}"
                     raise ValueError(f"{path} was made with other settings ({change}); choose another --out")
     return final.exists()

@@ -114,6 +114,30 @@ def test_a_run_cut_again_and_again_ends_bit_equal(unseen, whole, tmp_path, tally
     tally(f"cut points resumed exact, {processes} processes, {workers} workers", len(places), len(places))
 
 
+def test_refinement_joins_a_finished_run_and_is_cut_like_any_phase(unseen, whole, tmp_path):
+    before = checkpoints.load_checkpoint(whole(1) / "distill.pt")
+    for out in ("once", "cut"):
+        shutil.copytree(whole(1), tmp_path / out)
+    job = train(unseen, tmp_path / "once", "--refine", 3)
+    assert job.wait() == [0] and "phase 4" in job.text() and "phase 3" not in job.text(), job.text()
+    job = train(unseen, tmp_path / "cut", "--refine", 3, fault=("at_step", 0, "refine", 1, "SIGTERM"))
+    assert job.wait() == [143] and "saved at step 2" in job.text(), job.text()
+    job = train(unseen, tmp_path / "cut", "--refine", 3)
+    assert job.wait() == [0] and "resumed at step 2" in job.text(), job.text()
+    assert differences(tmp_path / "once", tmp_path / "cut", ["refine"]) == []
+
+    after = checkpoints.load_checkpoint(tmp_path / "cut/refine.pt")
+    assert after["teacher"] is None and not same(after["student"], before["student"])
+    rates = [[g["initial_lr"] for g in phase["optimizer"]["param_groups"]] for phase in (before, after)]
+    assert [0.1 * rate for rate in rates[0]] == pytest.approx(rates[1])
+    assert {state["step"].item() for state in after["optimizer"]["state"].values()} == {3}, (
+        "a fresh optimiser"
+    )
+    for flags, words in ((["--refine", 4], "refine 3, now 4"), (["--refine", 3], "all phases are done")):
+        job = train(unseen, tmp_path / "cut", *flags)
+        assert job.wait() == [0 if "all" in words else 2] and words in job.text(), job.text()
+
+
 def test_every_entry_of_a_checkpoint_is_needed(unseen, whole, tmp_path, tally):
     """Put back to what it was at the beginning of the phase, each one changes the result."""
     job = train(unseen, tmp_path / "cut", fault=("at_step", 0, "distill", 1, "SIGTERM"))

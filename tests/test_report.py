@@ -23,7 +23,7 @@ PICTURES = [
     [Image.new("RGB", (60, 40), (250 - 40 * row, 30 * column, 200)) for column in range(4)]
     for row in range(2)
 ]
-STEPS = {"teacher": 60, "burnin": 40, "distill": 200, "labels_only": 280}
+STEPS = {"teacher": 60, "burnin": 40, "distill": 200, "refine": 20, "labels_only": 280}
 CONFIG = {"seed": 0, "init": "", "scale": (0.1, 2.0)}
 BANNER = {"command": "python distill.py --ratio 0.02", "started": "2026-11-24 17:30", "device": "a GPU"}
 CLASSES = ["circle", "a <b> & c"]
@@ -160,12 +160,12 @@ def test_the_same_run_gives_the_same_bytes(html, tmp_path):
     assert report(tmp_path, run_lines()) == html
 
 
-def test_the_summary_compares_the_student(html, tmp_path):
+def test_the_summary_compares_what_was_trained_last(html, tmp_path):
     def summary(html):
         return re.sub("<[^>]*>", "", html.split('"lead">')[1].split("</p>")[0])
 
     assert summary(html) == (
-        "41.3 mask AP (student), +11.3 against teacher (30.0), +8.3 against labels only (33.0)"
+        "21.0 mask AP (refined), -9.0 against teacher (30.0), -12.0 against labels only (33.0)"
     )
     lines = [{"phase": "distill", "step": step, "ap": {"AP": ap}} for step, ap in ((10, 31), (20, 28.96))]
     assert summary(report(tmp_path, lines, {"teacher": ap_of(30.0)}, [])) == (
@@ -230,14 +230,15 @@ def test_of_repeated_steps_the_last_line_counts_and_a_cut_line_is_skipped(read):
 def test_phases_follow_one_another_and_the_control_begins_at_zero(read):
     _, phases = read(map(json.dumps, run_lines()))
     panels, borders, total = curves(phases, APS)
-    assert borders == {"teacher burn-in": 0, "guided burn-in": 60, "distillation": 100} and total == 300
+    begins = {"teacher burn-in": 0, "guided burn-in": 60, "distillation": 100, "refinement": 300}
+    assert borders == begins and total == 320
     loss = {label: points for label, _, _, points in panels["Loss"][""]}
     assert loss["teacher"][0] == (10, 39) and loss["burnt-in"][0] == (70, 39)
     assert loss["student"][-1] == (300, 20) and loss["student, on pseudo-labels"][-1] == (300, 20)
     assert loss["labels only"][0] == (10, 39) and loss["labels only"][-1] == (280, 12)
     ap = {label: points for label, _, _, points in panels["Mask AP"][""]}
     assert ap["student"][-1] == (300, 41.26) and ap["EMA teacher"] == [(300, 41.3)]
-    assert ap["teacher at its end"] == [(60, 30.0), (300, 30.0)]
+    assert ap["teacher at its end"] == [(60, 30.0), (320, 30.0)] and ap["refined"] == [(320, 21)]
 
 
 def test_a_teacher_of_ones_own_has_no_phase(read):

@@ -88,6 +88,19 @@ def test_run_again_it_says_that_all_is_done_and_repeats_the_table(tiny, finished
     assert table in again
 
 
+def test_refinement_has_a_column_a_picture_and_a_place_in_the_report(tiny, finished, tmp_path):
+    out, _ = finished
+    shutil.copytree(out, tmp_path / "run")
+    printed = train(tiny, tmp_path / "run", "--steps", "5", "--refine", "2").stdout
+    header, ap = printed[printed.index("mask AP") :].splitlines()[2:4]
+    assert header.split() == ["teacher", "burnt-in", "student", "EMA", "teacher", "refined"]
+    refined = checkpoints.load_checkpoint(tmp_path / "run/refine.pt")
+    assert ap.split()[-1] == f"{refined['ap']['AP']:.1f}"
+    page = (tmp_path / "run/report.html").read_text()
+    assert "refinement" in page and "refined" in page
+    assert (tmp_path / "run/predictions.png").read_bytes() != (out / "predictions.png").read_bytes()
+
+
 def test_a_disk_without_room_for_the_report_is_one_line(tiny, finished, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -232,6 +245,7 @@ def test_one_step_of_two_processes_equals_one_step_of_one(tiny, tmp_path):
         (["--backbone-weights", "missing.pt"], "no file --backbone-weights 'missing.pt'"),
         (["--hidden-dim", "30"], "hidden_dim 30 must be a multiple of 4"),
         (["--labels-only", "yes"], "true or false, found 'yes'"),
+        (["--labels-only", "--refine", "3"], "--refine is a phase after distillation"),
         (["--steps", "a,b"], "numbers with commas between, found 'a,b'"),
         (["--short-side", "0"], "short_side has lengths in pixels, found (0,)"),
         (["--scale", "2.0"], "scale is a range of two numbers"),

@@ -20,7 +20,9 @@ from PIL import Image
 
 # Phases one after the other, as they are shown; and what each trains, with the control beside them.
 PHASES = {"teacher": "teacher burn-in", "burnin": "guided burn-in", "distill": "distillation"}
-TRAINED = {"teacher": "teacher", "burnin": "burnt-in", "distill": "student", "labels_only": "labels only"}
+PHASES |= {"refine": "refinement"}
+TRAINED = {"teacher": "teacher", "burnin": "burnt-in", "distill": "student", "refine": "refined"}
+TRAINED |= {"labels_only": "labels only"}
 SIZES = {"APs": "APs, small", "APm": "APm, medium", "APl": "APl, large"}
 NO_METADATA = dict.fromkeys(["Creator", "Date", "Format", "Type"])  # of an SVG: URIs and the time
 MOST_BARS = 20  # classes in the histogram
@@ -33,6 +35,7 @@ COLOURS = {
     "burnt-in": ("#56b4e9", "#9bd7f9"),
     "student": ("#0072b2", "#4aa3e8"),
     "EMA teacher": ("#009e73", "#3ccfa3"),
+    "refined": ("#8c510a", "#d9a066"),
     "labels only": ("#cc79a7", "#e9a3c9"),
     "pseudo-labels": ("#e69f00", "#f3bd45"),
     "labelled images": ("#8a929c", "#8b949f"),
@@ -275,7 +278,8 @@ def finals(ap_lines: list[tuple], aps: dict) -> dict[str, float]:
 
 def summary(ap_lines: list[tuple], aps: dict) -> str:
     ap = {name: round(number, 1) for name, number in finals(ap_lines, aps).items()}
-    name = next((name for name in ("student", "burnt-in", "teacher", "labels only") if name in ap), None)
+    by_age = ("refined", "student", "burnt-in", "teacher", "labels only")
+    name = next((name for name in by_age if name in ap), None)
     if name is None:
         return "No AP was recorded."
     text = f"<b>{ap[name]:.1f}</b> mask AP ({swatch(name)}{name})"
