@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import recipes  # noqa: E402
 from ablation_tables import gather, results_of, table, write_page  # noqa: E402
-from recipes import MAIN, QUICK, RECIPES, SAME, command  # noqa: E402
+from recipes import MAIN, QUICK, RECIPES, SAME, STARTS, command  # noqa: E402
 
 from checkpoints import load_checkpoint, lock  # noqa: E402
 from flags import user_errors  # noqa: E402
@@ -48,23 +48,28 @@ class Ablation:
     def __init__(self, folder: Path, results: Path, steps: tuple | None = None):
         self.folder, self.results, self.steps = folder, results, steps
         self.recorded = {key(run) for run in read(results)}
-        self.lock, self.papers = threading.Lock(), {}
+        self.lock, self.making = threading.Lock(), {}
         self.stopped, self.processes = False, set()
 
     def run(self, data: str, ratio: float, seed: int, recipe: str) -> None:
-        """A recipe that has no record yet, after the paper's if it starts from its checkpoints."""
-        if (data, ratio, seed, recipe) in self.recorded:
-            return
+        """A recipe that has no record yet."""
+        if (data, ratio, seed, recipe) not in self.recorded:
+            self.make(data, ratio, seed, recipe)
+
+    def make(self, data: str, ratio: float, seed: int, recipe: str) -> None:
+        """A recipe that lacks its record or a checkpoint that others start from, after those from which it
+        starts itself."""
         group = self.folder / f"{data}-{ratio:g}-{seed}"
         with self.lock:
-            one_at_a_time = self.papers.setdefault(group, threading.Lock())
-        needed = ("{teacher}", "{student}", "{distilled}")
-        if recipe == "paper" or any(name in text for text in RECIPES[recipe][1] for name in needed):
-            with one_at_a_time:
-                recorded = (data, ratio, seed, "paper") in self.recorded
-                if not (recorded and (group / "paper/distill.pt").exists()):
-                    self.execute(data, ratio, seed, "paper", group / "paper")
-        if recipe != "paper":
+            one_at_a_time = self.making.setdefault((group, recipe), threading.Lock())
+        with one_at_a_time:
+            checkpoints = [group / place for place in STARTS.values() if place.startswith(f"{recipe}/")]
+            recorded = (data, ratio, seed, recipe) in self.recorded
+            if recorded and all(checkpoint.exists() for checkpoint in checkpoints):
+                return
+            text = " ".join(RECIPES[recipe][1])
+            for start in {place.split("/")[0] for name, place in STARTS.items() if f"{{{name}}}" in text}:
+                self.make(data, ratio, seed, start)
             self.execute(data, ratio, seed, recipe, group / recipe)
 
     def execute(self, data: str, ratio: float, seed: int, recipe: str, own: Path) -> None:

@@ -6,7 +6,7 @@ import re
 import statistics
 from pathlib import Path
 
-from recipes import DATA, RECIPES, numbers_of
+from recipes import DATA, RECIPES, STARTS, numbers_of
 
 
 def results_of(run: dict) -> dict:
@@ -212,12 +212,13 @@ def write_page(runs: list[dict], folder: Path) -> None:
         parts.append(f"- {data}: `{flags} --ratio RATIO --seed SEED --steps {t},{b},{d} --out OUT`")
     parts += [
         "",
-        "TEACHER, STUDENT and DISTILLED are teacher.pt, burnin.pt and distill.pt of Guided Distillation.",
+        "TEACHER, STUDENT and DISTILLED are teacher.pt, burnin.pt and distill.pt of Guided Distillation;",
+        "CLEAN and LABELS are the last checkpoints of `clean` and `labels-only`.",
         "One number as `--steps` is that of each of three phases.",
         "",
     ]
     t, b, d = DATA["shapes"][1]
-    names = {"own": "OUT", "teacher": "TEACHER", "student": "STUDENT", "distilled": "DISTILLED"}
+    names = {"own": "OUT"} | {name: name.upper() for name in STARTS}
     parts += ["| recipe | what it is | commands, with the steps of shapes |", "|---|---|---|"]
     recorded = {run["recipe"] for run in runs}
     for recipe, (text, commands) in RECIPES.items():

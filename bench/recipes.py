@@ -16,9 +16,17 @@ DATA = {
 }
 QUICK = (200, 280, 360)
 
-# What each recipe is, and its commands. {teacher}, {student} and {distilled} are the checkpoints of the three
-# phases of the recipe "paper" with the same seed, {own} is the folder of the run, and {t}, {b}, {d} are the
-# steps of the phases, {whole} those of the guided ones together.
+# Checkpoints of other recipes with the same seed, from which one may start.
+STARTS = {
+    "teacher": "paper/teacher.pt",
+    "student": "paper/burnin.pt",
+    "distilled": "paper/distill.pt",
+    "clean": "clean/distill.pt",
+    "labels": "labels-only/labels_only.pt",
+}
+
+# What each recipe is, and its commands. {own} is the folder of the run; {t}, {b}, {d} are the steps of the
+# phases, {whole} those of the guided ones together.
 RECIPES = {
     "paper": ("Guided Distillation", ["distill.py"]),
     "labels-only": ("labels only, for the steps of all phases", ["distill.py --labels-only"]),
@@ -113,11 +121,8 @@ RECIPES = {
         ["distill.py --teacher {teacher} --max-overlap 0.5 --fine-masks"],
     ),
     "clean-refined": (
-        "clean, then a third of phase 3 more on labels only, with at most a tenth of the learning rate",
-        [
-            "distill.py --teacher {teacher} --max-overlap 0.5 --fine-masks --out {own}-start",
-            "distill.py --labels-only --init {own}-start/distill.pt --lr 1e-4 --steps {refine}",
-        ],
+        "clean and --refine",
+        ["distill.py --labels-only --init {clean} --lr 1e-4 --steps {refine}"],
     ),
     "clean-0.7": (
         "threshold 0.7 without duplicates, and masks of pseudo-labels at full resolution",
@@ -131,9 +136,14 @@ RECIPES = {
         "threshold 0.5, losses weighted by the score to the power of 4 (PAIS)",
         ["distill.py --teacher {teacher} --score-threshold 0.5 --score-power 4"],
     ),
+    # What --refine does, but from the other recipe's checkpoint, so that nothing is run twice.
     "refined": (
-        "a third of phase 3 more, on labels only, with at most a tenth of the learning rate (CAST)",
+        "--refine: a third of phase 3 more, on labels only, with at most a tenth of the learning rate (CAST)",
         ["distill.py --labels-only --init {distilled} --lr 1e-4 --steps {refine}"],
+    ),
+    "labels-only-refined": (
+        "labels only for the steps of all phases, then such a last phase",
+        ["distill.py --labels-only --init {labels} --lr 1e-4 --steps {refine}"],
     ),
     "more-distillation": (
         "phase 3 a third longer",
@@ -165,13 +175,7 @@ def numbers_of(t: int, b: int, d: int) -> dict:
 def command(text: str, data: str, ratio: float, seed: int, steps: tuple, own: Path) -> str:
     """A recipe's command for a run, with all flags; its own come last, so that they hold."""
     t, b, d = steps
-    paper = own.parent / "paper"
-    paths = {
-        "own": own,
-        "teacher": paper / "teacher.pt",
-        "student": paper / "burnin.pt",
-        "distilled": paper / "distill.pt",
-    }
+    paths = {"own": own} | {name: own.parent / place for name, place in STARTS.items()}
     paths = {name: shlex.quote(str(path)) for name, path in paths.items()}
     script, _, more = text.format(**paths, **numbers_of(t, b, d)).partition(" ")
     more += "" if "--steps" in more else f" --steps {t},{b},{d}"

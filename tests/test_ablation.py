@@ -6,6 +6,8 @@ import shlex
 import signal
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,33 @@ def test_a_recipe_runs_once_and_the_papers_before_what_starts_from_it(ablation, 
     assert {"student_precision", "student_recall", "precision"} <= student.keys()
     start = checkpoints.load_checkpoint(tmp_path / "runs/shapes-0.5-3/unguided-start/burnin.pt")
     assert start["config"]["unsupervised_weight"] == 0
+
+
+def test_a_recipe_waits_for_those_that_it_starts_from(ablation, tmp_path, monkeypatch):
+    runs, started, ended = ablation.Ablation(tmp_path, tmp_path / "results.jsonl"), [], []
+
+    def execute(_, data, ratio, seed, recipe, own):
+        started.append(recipe)
+        time.sleep(0.05)
+        own.mkdir(parents=True)
+        for name in ("teacher", "burnin", "distill", "labels_only"):
+            (own / f"{name}.pt").touch()
+        runs.recorded.add((data, ratio, seed, recipe))
+        ended.append(recipe)
+
+    monkeypatch.setattr(ablation.Ablation, "execute", execute)
+    after = {
+        "clean-refined": "clean",
+        "clean": "paper",
+        "refined": "paper",
+        "labels-only-refined": "labels-only",
+    }
+    with ThreadPoolExecutor(8) as pool:
+        jobs = [pool.submit(runs.run, "shapes", 0.5, 3, recipe) for recipe in [*after, *after.values()]]
+    assert not any(job.exception() for job in jobs)
+    assert sorted(started) == sorted({*after, *after.values()}), "each once"
+    for recipe, first in after.items():
+        assert ended.index(first) < ended.index(recipe)
 
 
 def test_a_record_that_was_cut_short_is_none_and_spoils_no_other(ablation, tmp_path):
@@ -158,7 +187,7 @@ def test_every_recipe_is_a_command_with_the_flags_of_its_data(data, monkeypatch)
             assert (cfg.seed, cfg.ratio) == (7, 1.0 if everything else 0.05), line
             assert bool(cfg.split) == (data == "nuclei" and not everything)
             steps = {"refined": (3,) * 3, "no-distillation": (10, 49, 1), "two-phase": (10, 1, 49)}
-            steps |= {"clean-refined": (3,) * 3 if "--labels-only" in line else (10, 20, 30)}
+            steps |= {"clean-refined": (3,) * 3, "labels-only-refined": (3,) * 3}
             steps |= {"shorter": (10, 10, 40), "longer": (10, 35, 15), "more-distillation": (10, 20, 39)}
             assert cfg.steps == steps.get(recipe, (10, 20, 30)), line
 
