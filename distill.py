@@ -100,8 +100,8 @@ def distill(cfg: Config, setting: Setting) -> None:
 
 
 def refine(cfg: Config, setting: Setting) -> None:
-    """Phase 4, off by default: the student ends on the labels alone, which pseudo-labels had biased it from
-    (CAST, arXiv 2505.21904) -> refine.pt"""
+    """Phase 4, off by default: the student ends on the labels alone, which correct what it has learnt from
+    wrong pseudo-labels (CAST, Taghavi et al., 2025, arXiv 2505.21904) -> refine.pt"""
     student = load_model(load_checkpoint(Path(cfg.out) / "distill.pt"), "student", setting.device)
     student.requires_grad_(True)
     more = dict(describe=setting.describe, lr_scale=0.1)
