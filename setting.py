@@ -78,9 +78,10 @@ class Setting:
         self.test_sizes = {"short_side": cfg.test_short_side, "long_side": cfg.test_long_side}
         self.view = View(cfg.crop, cfg.scale, cfg.short_side, colour=cfg.colour, blur=cfg.blur)
         engine.lr_factor(cfg.schedule, progress=0.0)
+        refined = ["refine"] if getattr(cfg, "refine", 0) else []
         self.finished = {  # read once: checkpoints are large
             phase: finished(cfg, phase, split=self.describe["split"])
-            for phase in ("teacher", "burnin", "distill", "refine", "labels_only")
+            for phase in ("teacher", "burnin", "distill", *refined, "labels_only")
         }
         engine.check_alike(sum(self.finished.values()), "finished phases, in number", self.device)
         if cfg.teacher:
