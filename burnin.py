@@ -219,7 +219,7 @@ PRESETS = {
         num_points=256,
         steps=(500, 700, 900),
         score_threshold=0.9,
-        precision="fp32",  # a model as small gains nothing by bf16, and so all machines see the same
+        precision="fp32",  # a model as small gains nothing by bf16
         save_every=100,
         eval_every=250,
     ),

@@ -44,8 +44,8 @@ class Config(burnin.Config):
     student: str = knob("", "checkpoint of a burnt-in student of one's own; phases 1 and 2 are skipped")
     refine: int = knob(
         0,
-        "steps of a last phase on labels only, with a tenth of --lr, which is not in the paper; a third of "
-        "phase 3 did well; 0: none",
+        "steps of a last phase on labels only, which is not in the paper: a schedule of its own with a tenth "
+        "of --lr; tried with a third of phase 3; 0: none",
         group="refinement, phase 4",
     )
 
@@ -100,8 +100,8 @@ def distill(cfg: Config, setting: Setting) -> None:
 
 
 def refine(cfg: Config, setting: Setting) -> None:
-    """Phase 4, off by default: the student ends on the labels alone, which correct what it has learnt from
-    wrong pseudo-labels (CAST, Taghavi et al., 2025, arXiv 2505.21904) -> refine.pt"""
+    """Phase 4, off by default: the student ends on the labels alone, which shall correct what it has learnt
+    from wrong pseudo-labels (CAST, Taghavi et al., 2025, arXiv 2505.21904) -> refine.pt"""
     student = load_model(load_checkpoint(Path(cfg.out) / "distill.pt"), "student", setting.device)
     student.requires_grad_(True)
     more = dict(describe=setting.describe, lr_scale=0.1)
@@ -129,7 +129,7 @@ def summary(cfg: Config, setting: Setting) -> None:
             phases["labels only"] = load_checkpoint(out / "labels_only.pt")
         phases["burnt-in"] = load_student(cfg, setting)
         last = load_checkpoint(out / "distill.pt")
-        refined = load_checkpoint(out / "refine.pt") if cfg.refine else None
+        refined = load_checkpoint(out / "refine.pt") if (out / "refine.pt").exists() else None
     aps = {name: phase.get("ap") for name, phase in phases.items()}
     aps |= {"student": last["ap"], "EMA teacher": last["teacher_ap"]}
     aps |= {"refined": refined["ap"]} if refined else {}

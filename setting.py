@@ -284,5 +284,6 @@ def finished(cfg, phase: str, **same) -> bool:
             for name in now:  # flags first, then what follows from them
                 if name in before.keys() - may_differ and before[name] != now[name]:
                     change = f"{name} {before[name]!r}, now {now[name]!r}"
-                    raise ValueError(f"{path} was made with other settings ({change}); choose another --out")
+                    advice = "remove it to refine anew" if phase == "refine" else "choose another --out"
+                    raise ValueError(f"{path} was made with other settings ({change}); {advice}")
     return final.exists()

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 
 from recipes import DATA, RECIPES, STARTS, numbers_of
@@ -186,16 +187,28 @@ are means of such differences, with their standard error and number. With three 
 """
 
 
+def machines(runs: list[dict]) -> str:
+    """That of most runs, and those of the others with their recipes."""
+    used = Counter(run["machine"] for run in runs)
+    main, *others = [name for name, _ in used.most_common()]
+    text = f"Machine: {main}"
+    for other in others:
+        names = sorted({f"`{run['recipe']}`" for run in runs if run["machine"] == other})
+        number = "1 run is" if used[other] == 1 else f"{used[other]} runs are"
+        text += f"; {other}, of which {number}, of {', '.join(names)}"
+    return text + "."
+
+
 def write_page(runs: list[dict], folder: Path) -> None:
     """ABLATION.md and its figures, into the folder."""
     parts = [INTRO]
     for (data, ratio), rows in sorted(gather(runs).items()):
         here = [run for run in runs if (run["data"], run["ratio"]) == (data, ratio)]
-        machines, dates = sorted({run["machine"] for run in here}), sorted({run["date"] for run in here})
+        dates = sorted({run["date"] for run in here})
         parts += [f"## {data}, {100 * ratio:g} % of the labels", "", *table(rows), ""]
         hours, when = sum(run["hours"] for run in here), " to ".join(sorted({dates[0], dates[-1]}))
         paid = f"{len(here)} runs, {hours:.1f} hours of training without evaluations"
-        parts += [f"{paid}. {'; '.join(machines)}; {when}.", ""]
+        parts += [f"{paid}, {when}. {machines(here)}", ""]
         found = {run["recipe"] for run in here}
         if {"paper", "unguided"} <= found:
             name = f"ablation-{data}-{100 * ratio:g}.png"

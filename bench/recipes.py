@@ -122,7 +122,10 @@ RECIPES = {
     ),
     "clean-refined": (
         "clean and --refine",
-        ["distill.py --labels-only --init {clean} --lr 1e-4 --steps {refine}"],
+        [
+            "distill.py --labels-only --init {clean} --lr 1e-4 --steps {refine} "
+            "--max-overlap 0.5 --fine-masks",
+        ],
     ),
     "clean-0.7": (
         "threshold 0.7 without duplicates, and masks of pseudo-labels at full resolution",
@@ -149,13 +152,16 @@ RECIPES = {
         "phase 3 a third longer",
         ["distill.py --student {student} --steps {t},{b},{d_third_more}"],
     ),
+    "restarted": (
+        "a third of phase 3 more, with the tenth of the learning rate of --refine, but with pseudo-labels",
+        ["distill.py --student {distilled} --lr 1e-4 --steps {t},1,{third}"],
+    ),
 }
 # Recipes that repeat what another does there, because that is its threshold.
 SAME = {("shapes", "threshold-0.9")} | {
     ("nuclei", recipe)
     for recipe in (
         "threshold-0.7",
-        "paper-values",
         "lower-later",
         "unguided-lower-later",
         "no-duplicates-0.7",
@@ -168,7 +174,8 @@ MAIN = ["paper", "labels-only", "unguided", "no-distillation"]
 def numbers_of(t: int, b: int, d: int) -> dict:
     """The numbers that stand in the commands of RECIPES, from the steps of the phases."""
     numbers = {"t": t, "b": b, "d": d, "whole": b + d - 1, "refine": max(1, d // 9)}
-    numbers["d_third_more"] = d + 3 * numbers["refine"]
+    numbers["third"] = 3 * numbers["refine"]
+    numbers["d_third_more"] = d + numbers["third"]
     return numbers | {"b_half": b // 2, "d_more": d + b - b // 2, "d_half": d // 2, "b_more": b + d - d // 2}
 
 

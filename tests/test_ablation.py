@@ -187,7 +187,7 @@ def test_every_recipe_is_a_command_with_the_flags_of_its_data(data, monkeypatch)
             assert (cfg.seed, cfg.ratio) == (7, 1.0 if everything else 0.05), line
             assert bool(cfg.split) == (data == "nuclei" and not everything)
             steps = {"refined": (3,) * 3, "no-distillation": (10, 49, 1), "two-phase": (10, 1, 49)}
-            steps |= {"clean-refined": (3,) * 3, "labels-only-refined": (3,) * 3}
+            steps |= {"clean-refined": (3,) * 3, "labels-only-refined": (3,) * 3, "restarted": (10, 1, 9)}
             steps |= {"shorter": (10, 10, 40), "longer": (10, 35, 15), "more-distillation": (10, 20, 39)}
             assert cfg.steps == steps.get(recipe, (10, 20, 30)), line
 
@@ -235,9 +235,12 @@ def test_the_page_and_its_figure_are_made_of_the_records(tables, tmp_path):
     assert tables.results_of(both | {"curve": [*both["curve"][:-1], refined["curve"][0] | {"ap": 12.0}]}) == {
         "clean-refined": 12.0
     }
+    records[-1]["machine"] = "N"
     tables.write_page(json.loads(json.dumps(records)), tmp_path)
     page = (tmp_path / "ABLATION.md").read_text()
-    assert "3 runs, 3.0 hours of training without evaluations. M;" in page and "| unguided burn-in" in page
+    last = f"Machine: M; N, of which 1 run is, of `{records[-1]['recipe']}`."
+    paid = "3 runs, 3.0 hours of training without evaluations, 2026-01-01. "
+    assert paid + last in page and "| unguided burn-in" in page
     commands, _, waiting = page.partition("not run yet: ")
     assert "| `unguided` | " in commands and "`clean`" in waiting and "`clean` |" not in commands
     assert (tmp_path / "ablation-shapes-2.png").stat().st_size > 10_000

@@ -134,7 +134,7 @@ def test_refinement_joins_a_finished_run_and_is_cut_like_any_phase(unseen, whole
         "a fresh optimiser"
     )
     job = train(unseen, tmp_path / "cut", "--refine", 4)
-    assert job.wait() == [2] and "refine 3, now 4" in job.text(), job.text()
+    assert job.wait() == [2] and "(refine 3, now 4); remove it to refine anew" in job.text(), job.text()
     for flags in (["--refine", 3], []):
         job = train(unseen, tmp_path / "cut", *flags)
         assert job.wait() == [0] and "all phases are done" in job.text(), job.text()
