@@ -135,9 +135,8 @@ def test_refinement_joins_a_finished_run_and_is_cut_like_any_phase(unseen, whole
     )
     job = train(unseen, tmp_path / "cut", "--refine", 4)
     assert job.wait() == [2] and "(refine 3, now 4); remove it to refine anew" in job.text(), job.text()
-    for flags in (["--refine", 3], []):
-        job = train(unseen, tmp_path / "cut", *flags)
-        assert job.wait() == [0] and "all phases are done" in job.text(), job.text()
+    job = train(unseen, tmp_path / "cut")
+    assert job.wait() == [0] and "all phases are done" in job.text(), job.text()
 
 
 def test_every_entry_of_a_checkpoint_is_needed(unseen, whole, tmp_path, tally):
