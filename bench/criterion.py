@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from sides import CLASSES, make_batch, mark, seconds_between, where
 
 import engine
+from burnin import to_device
 from matcher import SetCriterion
 from model import fast_convolutions
 
@@ -60,8 +61,7 @@ def main():
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     device = engine.start_processes(flags.device, "fp32")  # memory is kept on a CPU, for both
-    _, targets = make_batch(flags.size, flags.batch, flags.objects)
-    targets = [{name: tensor.to(device) for name, tensor in target.items()} for target in targets]
+    targets = to_device(make_batch(flags.size, flags.batch, flags.objects)[1], device)
     torch.set_default_device(device)
     torch.manual_seed(0)
     side, C = flags.size // 4, 256

@@ -35,7 +35,7 @@ from sides import (
 
 import engine
 import model
-from burnin import guided_step
+from burnin import guided_step, to_device
 from distill import ema_update
 from matcher import SetCriterion
 
@@ -44,7 +44,7 @@ PARTS = ["backbone", "pixel_decoder", "decoder", "losses", "backward"]
 
 def batch_on(device, flags):
     images, targets = make_batch(flags.size, flags.batch, flags.objects)
-    return images.to(device), [{name: t.to(device) for name, t in target.items()} for target in targets]
+    return images.to(device), to_device(targets, device)
 
 
 def ours(flags, precision="fp32", compiled=False):

@@ -14,7 +14,7 @@ from commands import ROOT
 from test_training import TINY
 
 import engine
-from burnin import guided_step
+from burnin import guided_step, to_device
 from distill import ema_update
 from matcher import SetCriterion
 
@@ -50,7 +50,7 @@ class FixedPoints:
 def losses_and_gradients(model, criterion, batch, device):
     model, criterion = copy.deepcopy(model).to(device).train(), copy.deepcopy(criterion).to(device)
     images = torch.stack([item["image"] for item in batch]).to(device)
-    targets = [{name: item[name].to(device) for name in ("labels", "masks")} for item in batch]
+    targets = to_device(batch, device)
     with engine.autocast(device):
         outputs = model(images)
     losses = criterion(outputs, targets)
@@ -77,8 +77,9 @@ def test_losses_and_gradients_are_those_of_a_cpu(make_model, monkeypatch, precis
         assert error.norm() < 1e-2 * whole.norm()
 
 
-def test_a_guided_step_waits_for_the_gpu_twice_and_an_update_once(make_model, monkeypatch):
-    """Once for the teacher's scores, once for the matching; once to see whether the gradient is finite."""
+def test_a_guided_step_waits_for_the_gpu_twice(make_model, monkeypatch):
+    """For the teacher's scores, and for the matching. `Run.update` waits once more, to see whether the
+    gradient is finite."""
     monkeypatch.setattr(engine, "bfloat16", None)
     student, criterion = make_model().to(GPU).train(), SetCriterion(3, num_points=400).to(GPU)
     teacher = copy.deepcopy(student).eval().requires_grad_(False)
@@ -108,7 +109,6 @@ def test_a_guided_step_waits_for_the_gpu_twice_and_an_update_once(make_model, mo
     finally:
         torch.cuda.set_sync_debug_mode("default")
     where = [f"{w.filename}:{w.lineno}" for w in seen if "synchronizing" in str(w.message)]
-    print(where)
     assert len(where) <= 2, where
 
 
