@@ -7,7 +7,7 @@ demo: .venv/installed
 	.venv/bin/python distill.py --data shapes --ratio 0.02
 
 test: .venv/installed-tests
-	.venv/bin/python -m pytest -q tests -m "not slow and not gpu"
+	.venv/bin/python -m pytest -q -n 2 --dist loadfile tests -m "not slow and not gpu"
 
 test-gpu: .venv/installed-tests
 	.venv/bin/python -m pytest -q tests -m gpu
