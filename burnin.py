@@ -41,6 +41,8 @@ class Config:
     two burn-ins; PRESETS change them per data set, flags change both. The strengths of the strong view stand
     in data.strong_view, how points are sampled in matcher.SetCriterion."""
 
+    student, refine = "", 0  # flags of distill.py alone
+
     data: str = knob(
         "shapes",
         "shapes, coco, cityscapes, or a folder with instances_train.json, instances_val.json, images/",
@@ -66,8 +68,10 @@ class Config:
     )
     colour: bool = knob(False, "photometric jitter of the weak view (the paper's Cityscapes recipe)")
     blur: tuple = knob((0.1, 2.0), "sigma of the strong view's Gaussian blur, pixels")
-    test_short_side: int = knob(800, "shorter side at test time, pixels; 0 keeps images as they are")
-    test_long_side: int = knob(1333, "limit of the longer side at test time, pixels")
+    test_short_side: int = knob(
+        None, "shorter side at test time, pixels, 0 keeps images; empty: 800 for --crop 1024,1024, and so on"
+    )
+    test_long_side: int = knob(None, "limit of the longer side at test time; empty: 1333 for it, and so on")
     workers: int = knob(4, "loader processes for each of the two streams; 0 loads in the training process")
     loader_timeout: float = knob(300.0, "seconds without an image after which one counts as stuck")
 
@@ -183,6 +187,10 @@ class Config:
         for name, numbers in threes.items():
             if len(numbers) != 3 and (numbers or name == "loss-weights"):
                 raise ValueError(f"--{name} must be three numbers, found {numbers}")
+        if self.test_short_side is None:
+            self.test_short_side = round(800 / 1024 * min(self.crop, default=0))
+        if self.test_long_side is None:
+            self.test_long_side = round(1333 / 1024 * max(self.crop, default=0))
         check_ranges(self)
         self.num_queries = self.num_queries or (200 if self.backbone == "swin_l" else 100)
         share = Path(self.split).stem or f"{self.ratio:g}"
@@ -238,6 +246,9 @@ PRESETS = {
 
 
 # ------------------------------------------------------------------------------------------------ the method
+
+
+KEPT_BY = "score_threshold", "min_area", "mask_threshold", "max_overlap"  # settings of the next
 
 
 @torch.no_grad()
@@ -300,8 +311,8 @@ def teacher_labels(teacher: nn.Module, images: Tensor, cfg: Config, device) -> l
     """A teacher's pseudo-labels of images (B, 3, H, W) uint8."""
     with torch.inference_mode(), autocast(device):
         outputs = teacher(images)
-    kept = cfg.score_threshold, cfg.min_area, cfg.mask_threshold, cfg.max_overlap
-    return pseudo_labels(outputs, *kept, cfg.fine_masks, cfg.pixel_weights, cfg.score_power)
+    names = *KEPT_BY, "fine_masks", "pixel_weights", "score_power"
+    return pseudo_labels(outputs, **{name: getattr(cfg, name) for name in names})
 
 
 def supervised_step(student: nn.Module, criterion: SetCriterion, labelled: list[dict], device) -> dict:
@@ -437,14 +448,15 @@ def log_guided(run, losses, guided_losses, pseudo) -> None:
         highest_score=torch.stack([p["highest"] for p in pseudo]).max(),
         images=2 * len(pseudo),
     )
-    number = run.means.get("pseudo_labels")  # of the last line, if there is one
-    if number == 0 or number and number > run.teacher.decoder.query_features.num_embeddings / 2:
-        warn_of_guidance(run, number)
+    warn_of_guidance(run)
 
 
-def warn_of_guidance(run, number: float) -> None:
-    """Once in a phase: the teacher finds nothing, or takes most of its queries for objects."""
-    if not run.warned:
+def warn_of_guidance(run) -> None:
+    """Once in a phase, by the last line of its log: the teacher finds nothing, or takes most of its queries
+    for objects."""
+    number = run.means.get("pseudo_labels")
+    strange = number == 0 or number and number > run.teacher.decoder.query_features.num_embeddings / 2
+    if strange and not run.warned:
         run.warned = True
         score = f"the teacher's highest score is {run.means['highest_score']:.2f}"
         threshold = f"--score-threshold is {run.cfg.score_threshold}"
@@ -475,6 +487,7 @@ def measure(run, setting: Setting, teacher) -> dict:
 
 
 def finish(run, setting: Setting, teacher, **more) -> None:
+    warn_of_guidance(run)
     run.finish(**measure(run, setting, teacher), **more)
     say(f"{run.phase} done -> {run.out / (run.phase + '.pt')}")
 

@@ -502,6 +502,13 @@ class View:
         if any(side < 1 for side in self.short_side):
             raise ValueError(f"short_side has lengths in pixels, found {self.short_side}")
 
+    def factors(self, H: int, W: int) -> tuple[float, float]:
+        """The range of what an image (H, W) is resized by."""
+        if self.short_side:
+            return min(self.short_side) / min(H, W), max(self.short_side) / min(H, W)
+        fit = min(self.crop[0] / H, self.crop[1] / W)
+        return self.scale[0] * fit, self.scale[1] * fit
+
 
 @dataclass(frozen=True)
 class Geometry:

@@ -69,7 +69,8 @@ def start_processes(device: str = "", precision: str = "") -> torch.device:
             raise ValueError("--device cuda, but torch finds no GPU that it can use")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+        torch.backends.cuda.matmul.allow_tf32 = False  # nor in costs, losses and sampling locations
+        torch.backends.cudnn.allow_tf32 = precision != "fp32"
     for number in STOP_SIGNALS:
         signal.signal(number, _on_signal)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # tensors from loader processes are open files
@@ -87,6 +88,7 @@ def start_processes(device: str = "", precision: str = "") -> torch.device:
         dist.init_process_group(backend, timeout=timedelta(minutes=30), **place)
         if backend == "gloo":
             atexit.register(dist.destroy_process_group)  # or its threads may abort a process that ends
+        wait_for_all()  # rank 0 has the store: if it refused and left, others could not even join
     return device
 
 
@@ -220,7 +222,7 @@ def takes_bfloat16(device: torch.device) -> bool:
         return bfloat16
     if device.type == "cpu":
         return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def autocast(device: torch.device):
@@ -485,8 +487,8 @@ class Run:
 
     def finish(self, **results) -> None:
         """Writes the phase's final checkpoint; results go into it and into metrics.jsonl."""
+        self.record(self.steps, **results)  # first, and once more if the save is cut short
         self.save(self.out / f"{self.phase}.pt", self.steps, **results)
-        self.record(self.steps, **results)
         if self.board:
             self.board.close()
         if rank() == 0:

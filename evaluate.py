@@ -74,12 +74,13 @@ def predict(model, images: list[Tensor], output_sizes, device) -> list[dict]:
     return instances(outputs, [image.shape[-2:] for image in images], output_sizes)
 
 
-def evaluate(model, dataset: CocoDataset, device="cpu", *, short_side=0, long_side=0, batch=16) -> dict:
+def evaluate(model, dataset: CocoDataset, device="cpu", *, short_side=0, long_side=0, batch=4) -> dict:
     """Mask AP by the rules of COCO, in percent: {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class":
     {name: AP}}; -1 where there is nothing to find. Each process takes its share of the images; all return
     the same.
 
     short_side, long_side: images are resized so at test time (data.test_size); 0 keeps them as they are.
+    batch: images that go through the model together, where neighbours have one size.
     """
     device, training = torch.device(device), model.training
     model.eval()
@@ -309,6 +310,7 @@ def arguments(argv=None):
     add("--root", help="where COCO or Cityscapes lies, or where shapes is written")
     add("--val-json", default="", help="in place of the folder's instances_val.json")
     add("--image-folder", default="", help="in place of the folder's images/")
+    add("--batch", type=int, default=4, help="images at once in each process [4]")
     add("--json", help="write the APs into this file")
     add("--picture", help="write a picture of predictions beside ground truth into this file")
     add = parser.add_argument_group("predictions for any images").add_argument
@@ -335,6 +337,8 @@ def arguments(argv=None):
 def main(argv=None) -> None:
     flags = arguments(argv)
     with user_errors():
+        if flags.batch < 1:
+            raise ValueError(f"--batch must be at least 1, found {flags.batch}")
         checkpoint = read_weights(flags.checkpoint)
         cfg = {"data": None, "test_short_side": 800, "test_long_side": 1333} | checkpoint.get("config", {})
         device = engine.start_processes(flags.device, flags.precision or cfg.get("precision", ""))
@@ -360,7 +364,8 @@ def main(argv=None) -> None:
             name = "teacher" if checkpoint.get("phase") == "teacher" else which  # phase 1 trains the teacher
             models[name] = load_model(checkpoint, which, device)
     with user_errors(DataError):
-        aps = {which: evaluate(model, dataset, device, **sizes) for which, model in models.items()}
+        how = dict(batch=flags.batch, **sizes)
+        aps = {which: evaluate(model, dataset, device, **how) for which, model in models.items()}
     engine.say(ap_table(aps))
     with user_errors():
         if engine.rank() == 0 and flags.json:

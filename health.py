@@ -46,8 +46,9 @@ def health(teacher: nn.Module, setting, find, number: int = 200) -> dict:
     sums, classes = torch.zeros(6, dtype=torch.float64), torch.zeros(K, dtype=torch.float64)
     training = teacher.training
     teacher.eval()
-    for first in range(0, len(mine), cfg.batch):
-        batch = [views[i, seed_of(cfg.seed, "health", i)] for i in mine[first : first + cfg.batch]]
+    size = cfg.batch // engine.world_size()
+    for first in range(0, len(mine), size):
+        batch = [views[i, seed_of(cfg.seed, "health", i)] for i in mine[first : first + size]]
         batch = [item for item in batch if "image" in item]  # not where all that were tried are damaged
         if not batch:
             continue

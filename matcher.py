@@ -10,8 +10,10 @@ A query is one of the model's slots, which all predict a class and a mask, as in
 random points; matched queries learn that object's class and mask, the others "no object". The same holds for
 the earlier predictions in "aux_outputs", one from each decoder layer (deep supervision). Masks are compared
 on random points because all pixels would cost several times the memory (section 3.3). This file needs torch
-and scipy and can be copied out alone. All of it runs in fp32, whatever autocast says. Where the paper is
-silent the numerics follow the official code (facebookresearch/Mask2Former at 9b0651c).
+and scipy and can be copied out alone. All of it runs in fp32, whatever autocast says, but for the
+product of embeddings and features that gives the mask logits of matched queries, which has the precision of
+the model's outputs. Where the paper is silent the numerics follow the official code
+(facebookresearch/Mask2Former at 9b0651c).
 
 Letters in shapes: B images, C channels, Q queries, K classes, N objects of one image, P points, H W pixels,
 h w = H/4 W/4, T predictions (one a layer and one before them), G matched pairs over all predictions and

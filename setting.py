@@ -23,6 +23,7 @@ from data import (
     seed_of,
     split_hash,
     stream,
+    test_size,
 )
 from engine import say
 from evaluate import check_classes, evaluate, is_cityscapes, pictures
@@ -78,9 +79,9 @@ class Setting:
         self.test_sizes = {"short_side": cfg.test_short_side, "long_side": cfg.test_long_side}
         self.view = View(cfg.crop, cfg.scale, cfg.short_side, colour=cfg.colour, blur=cfg.blur)
         engine.lr_factor(cfg.schedule, progress=0.0)
-        refined = ["refine"] if getattr(cfg, "refine", 0) else []
+        refined = ["refine"] if cfg.refine else []
         self.finished = {  # read once: checkpoints are large
-            phase: finished(cfg, phase, split=self.describe["split"])
+            phase: finished(cfg, phase, self.describe["split"])
             for phase in ("teacher", "burnin", "distill", *refined, "labels_only")
         }
         engine.check_alike(sum(self.finished.values()), "finished phases, in number", self.device)
@@ -142,9 +143,9 @@ class Setting:
         """The start banner, and warnings. presets: those of the program."""
         cfg = self.cfg
         phases = list(zip(cfg.steps, ("teacher burn-in", "guided burn-in", "distillation")))
-        first = 2 if getattr(cfg, "student", "") else 1 if cfg.teacher else 0
+        first = 2 if cfg.student else 1 if cfg.teacher else 0
         phases = phases[first : 3 if self.last == "distill" else 2]
-        phases += [(cfg.refine, "refinement")] if getattr(cfg, "refine", 0) else []
+        phases += [(cfg.refine, "refinement")] if cfg.refine else []
         steps = ", ".join(f"{number:,} {phase}" for number, phase in phases)
         unlabelled = "" if cfg.labels_only else f"and {cfg.batch} unlabelled "
         batch = f"{cfg.batch} labelled {unlabelled}images a step, lr {cfg.lr:.3g}"
@@ -173,7 +174,7 @@ class Setting:
         """The work of the phases after this one, in its own steps."""
         _, burnin, distill = self.cfg.steps
         distill *= self.last == "distill"
-        refine = getattr(self.cfg, "refine", 0) / GUIDED
+        refine = self.cfg.refine / GUIDED
         work = {
             "teacher": GUIDED * (burnin + distill + refine),
             "burnin": distill + refine,
@@ -198,6 +199,16 @@ class Setting:
             yield f"a batch has {self.cfg.batch} images, but only {len(self.labelled)} are labelled"
         if max(map(len, labels)) > self.cfg.num_queries:
             yield f"an image has {max(map(len, labels))} objects, the model {self.cfg.num_queries} queries"
+        strange = []  # images whose size at test time is none that training has
+        for H, W in map(self.val.size, self.val.image_ids) if self.val else ():
+            now, (low, high) = test_size(H, W, **self.test_sizes)[0] / H, self.view.factors(H, W)
+            strange += [(H, W, now, low, high)] if not 0.99 * low <= now <= 1.01 * high else []
+        if strange and len(strange) > len(self.val) / 2:
+            H, W, now, low, high = strange[0]
+            yield (
+                f"an image of {H} x {W} is resized by {now:.3g} at test time, in training by {low:.3g} to "
+                f"{high:.3g}; --test-short-side and --test-long-side change the former, --scale the latter"
+            )
 
     def fresh_model(self, name: str) -> Mask2Former:
         """ImageNet backbone (or random), random decoders, drawn from (seed, name); or what --init has."""
@@ -268,9 +279,10 @@ BOOKKEEPING = {"root", "out", "preset", "workers", "device", "labels_only", "loa
 BOOKKEEPING |= {"accumulate", "log_every", "save_every", "eval_every", "tensorboard", "scale_to_batch"}
 
 
-def finished(cfg, phase: str, **same) -> bool:
+def finished(cfg, phase: str, split: str) -> bool:
     """Whether out/<phase>.pt is there. Raises ValueError if it, or what is left of a run cut short, was made
-    with other settings, or has other values than `same`."""
+    with other settings or other labelled images. split: their hash, which is compared in place of the name
+    of a file of --split."""
     final = Path(cfg.out) / f"{phase}.pt"
     may_differ = BOOKKEEPING | ({"refine"} if phase != "refine" else set())  # a later phase may be added
     try:
@@ -279,9 +291,11 @@ def finished(cfg, phase: str, **same) -> bool:
         raise ValueError(f"{error}; remove it to run its phase again") from None
     for path, checkpoint in ((final, whole), newest(cfg.out, phase, engine.warn)):
         if checkpoint:
-            before = checkpoint["config"] | {name: checkpoint.get(name) for name in same}
-            now = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in same} | same
-            for name in now:  # flags first, then what follows from them
+            before = checkpoint["config"] | {"split": checkpoint.get("split")}
+            now = dataclasses.asdict(cfg)
+            del now["split"]
+            now["split"] = split  # last: it follows from other flags, which say more
+            for name in now:
                 if name in before.keys() - may_differ and before[name] != now[name]:
                     change = f"{name} {before[name]!r}, now {now[name]!r}"
                     advice = "remove it to refine anew" if phase == "refine" else "choose another --out"

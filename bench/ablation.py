@@ -2,9 +2,9 @@
 seed have the same labelled images and, where they do not say otherwise, the same teacher and a student with
 the same initial weights.
 
-    python bench/ablation.py --quick                               # a small table in a quarter of an hour
+    python bench/ablation.py --quick                               # a small table in twelve minutes
     python bench/ablation.py --ratio 0.02 0.05 0.1 --seeds 0 1 2   # on shapes
-    python bench/ablation.py --data nuclei --recipes paper labels-only
+    python bench/ablation.py --data nuclei --ratio 0.05 0.1 --recipes paper labels-only
     python bench/ablation.py --tables                              # ABLATION.md of bench/ablation.jsonl
 
 Every run that finishes is a line of the file --results, which ends as tables on the screen, and is not run
@@ -92,7 +92,7 @@ class Ablation:
             folder = own if (own / f"{last['phase']}.pt").exists() else own.with_name(own.name + "-start")
             saved = load_checkpoint(folder / f"{last['phase']}.pt")
             if saved["step"] != last["step"] or abs(saved["ap"]["AP"] - last["ap"]) > 0.01:
-                end = f"the end of phase {last['phase']}"  # it was killed between saving and logging
+                end = f"the end of phase {last['phase']}"
                 raise RuntimeError(f"{folder}/metrics.jsonl lacks {end}; remove the folder")
         with self.lock:
             if key(run) not in self.recorded:

@@ -95,6 +95,8 @@ def values_of(run: dict, phase: str, name: str) -> dict:
     t, b = next((map(int, found.groups()) for found in steps if found), (0, 0))
     refines = not steps[-1]  # a last phase on labels has one number: it begins where phase 3 ended
     first = {"teacher": 0, "labels_only": refines * sum(run["steps"]), "burnin": t, "distill": t + b}[phase]
+    if phase == "distill" and re.search(r"--student \S+/distill\.pt", run["commands"][-1]):
+        first = sum(run["steps"])  # it goes on behind the end of another run
     return {first + p["step"]: p[name] for p in run["curve"] if p["phase"] == phase and name in p}
 
 

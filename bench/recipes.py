@@ -173,7 +173,8 @@ MAIN = ["paper", "labels-only", "unguided", "no-distillation"]
 
 def numbers_of(t: int, b: int, d: int) -> dict:
     """The numbers that stand in the commands of RECIPES, from the steps of the phases."""
-    numbers = {"t": t, "b": b, "d": d, "whole": b + d - 1, "refine": max(1, d // 9)}
+    numbers = {"t": t, "b": b, "d": d, "whole": b + d - 1}
+    numbers["refine"] = max(1, d // 9)  # --labels-only has the steps of three phases: a third of the third's
     numbers["third"] = 3 * numbers["refine"]
     numbers["d_third_more"] = d + numbers["third"]
     return numbers | {"b_half": b // 2, "d_more": d + b - b // 2, "d_half": d // 2, "b_more": b + d - d // 2}

@@ -269,5 +269,5 @@ def few_objects(rank):
             {"labels": item["labels"][:0], "masks": item["masks"][:0]} for item in batch
         ]
         pseudo_labels = burnin.pseudo_labels
-        burnin.pseudo_labels = lambda outputs, *_: pseudo_labels(outputs, 2.0)
+        burnin.pseudo_labels = lambda outputs, **_: pseudo_labels(outputs, 2.0)
         print("fault: no objects", flush=True)

@@ -228,6 +228,8 @@ def test_the_page_and_its_figure_are_made_of_the_records(tables, tmp_path):
     refined = records[0] | {"commands": ["distill.py --labels-only --steps 3"]}
     refined["curve"] = [{"phase": "labels_only", "step": 9, "ap": 10.0}]
     assert tables.values_of(refined, "labels_only", "ap") == {69: 10.0}, "or after the paper's end"
+    again = records[0] | {"commands": ["distill.py --student a/paper/distill.pt --steps 10,1,6"]}
+    assert tables.values_of(again, "distill", "ap") == {65: 10.0}, "behind the other run's end"
     both = refined | {"recipe": "clean-refined", "commands": records[0]["commands"] + refined["commands"]}
     both["curve"] = records[0]["curve"] + refined["curve"]
     assert tables.values_of(both, "distill", "ap") == {35: 10.0}

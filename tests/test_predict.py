@@ -1,6 +1,8 @@
 """Pictures and result files of any images, and pseudo-labels to be corrected."""
 
+import dataclasses
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -13,8 +15,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 import checkpoints
+import distill
 from data import CocoDataset, read_image
 from evaluate import find, load_model
+from flags import parse_config
+from tools.predict import training_command
 
 IDS, NAMES = [3, 8, 21], ["cat", "dog", "cow"]
 
@@ -93,6 +98,18 @@ def test_pseudo_labels_are_most_doubtful_first_and_can_be_trained_on(checkpoint,
     dataset = CocoDataset(out / "instances_train.json", photos)
     assert dataset.class_names == NAMES and len(dataset) == 3
     assert f"--data {out} --image-folder {photos} --ratio 1" in done.stdout
+
+
+def test_the_command_that_trains_on_corrected_labels_has_the_settings_of_the_run(tmp_path):
+    flags = "--data a --preset shapes --crop 64,128 --steps 5,6,7 --pretrained true --blur 0.5,2 --ratio 0.1"
+    flags = [*flags.split(), "--backbone-args", '{"depth": 3}', "--out", "b", "--init", "c.pt"]
+    before = dataclasses.asdict(parse_config(distill.Config, distill.PRESETS, flags))
+    words = shlex.split(training_command(before, tmp_path / "new labels", tmp_path))
+    assert words[:2] == ["python", "distill.py"]
+    now = dataclasses.asdict(parse_config(distill.Config, distill.PRESETS, words[2:]))
+    different = {name for name in now if now[name] != before[name]}
+    assert different == {"data", "image_folder", "ratio", "out", "init"}
+    assert now["data"] == str(tmp_path / "new labels") and now["ratio"] == 1
 
 
 def test_pseudo_labels_of_an_image_that_is_a_link_are_those_of_its_file(checkpoint, photos, tmp_path):

@@ -185,7 +185,7 @@ def batch():
         image = torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8, generator=generator)
         items.append(dict(image=image, strong=255 - image, labels=torch.tensor([0, 1, 2]), masks=masks))
     return items[engine.rank() :: engine.world_size()]
-burnin.pseudo_labels = lambda outputs, *_: [item for item in pseudo]
+burnin.pseudo_labels = lambda outputs, **_: [item for item in pseudo]
 labelled, pseudo = batch(), batch()
 criterion, device = setting.criterion, setting.device
 losses, guided, _ = burnin.guided_step(run.student, teacher, criterion, labelled, pseudo, cfg, device)
@@ -408,6 +408,23 @@ def test_a_flag_overrides_the_preset_and_the_preset_the_default():
     assert parse("--data", "a/b/", "--ratio", "0.25").out == "runs/b-0.25"
 
 
+def test_sizes_at_test_time_are_in_proportion_to_the_crop(tiny, tmp_path, capsys):
+    def sizes(*flags):
+        cfg = parse_config(distill.Config, distill.PRESETS, flags)
+        return cfg.test_short_side, cfg.test_long_side
+
+    assert sizes("--data", "coco") == (800, 1333), "as the field has them"
+    assert sizes("--data", "somewhere", "--crop", "512,512") == (400, 666)
+    assert sizes("--data", "somewhere", "--crop", "512,512", "--test-short-side", "300") == (300, 666)
+    assert sizes("--data", "cityscapes", "--crop", "256,512") == (1024, 2048), "the preset's own"
+    for more, said in ([], False), (["--test-short-side", "200", "--test-long-side", "0"], True):
+        flags = ["--data", str(tiny), *TINY, "--out", str(tmp_path), *more]
+        cfg = parse_config(distill.Config, distill.PRESETS, flags)
+        distill.Setting(cfg, last="distill").show(distill.PRESETS)
+        warning = "an image of 64 x 64 is resized by 3.12 at test time, in training by 0.8 to 1.25"
+        assert (warning in capsys.readouterr().out) is said
+
+
 @pytest.mark.parametrize(
     "precision, capable, expected",
     [
@@ -424,6 +441,12 @@ def test_models_run_in_the_precision_asked_for_or_in_bf16_where_it_is_fast(
     device = engine.start_processes("cpu", precision)
     with engine.autocast(device):
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == expected
+
+
+def test_bf16_that_a_gpu_only_emulates_is_not_taken(monkeypatch):
+    monkeypatch.setattr(engine, "bfloat16", None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not engine.takes_bfloat16(torch.device("cuda"))
 
 
 def test_a_run_is_evaluated_in_its_precision_unless_asked_otherwise(finished):

@@ -8,8 +8,10 @@ them: original category ids, masks as RLE, image ids that count the files in ord
 teacher's pseudo-labels (`burnin.pseudo_labels`) as instances_train.json, most doubtful images first, to be
 corrected by people; with --images it is a data set to train on. One image is in memory at a time."""
 
+import dataclasses
 import json
 import os
+import shlex
 from pathlib import Path
 
 import torch
@@ -18,10 +20,16 @@ from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
 import engine
-from burnin import pseudo_labels
+from burnin import KEPT_BY, pseudo_labels
 from data import DataError, image_files, read_image, test_size, to_tensor
+from distill import PRESETS, Config
 from evaluate import check_classes, coco_results, draw_found, find, load_model, validation_set
+from flags import shown
 from model import resize
+
+# Settings of a run that another one on other data does not share.
+OF_ITS_DATA = {"data", "root", "train_json", "val_json", "image_folder", "unlabelled", "split", "ratio"}
+OF_ITS_DATA |= {"preset", "out", "init", "teacher", "student", "labels_only", "device"}
 
 
 def main(checkpoint: dict, flags, sizes: dict, device) -> None:
@@ -46,9 +54,9 @@ def main(checkpoint: dict, flags, sizes: dict, device) -> None:
     files = list_images(flags.images)
     if flags.pseudo:
         cfg = checkpoint.get("config", {})
-        kept_by = ("score_threshold", "min_area", "mask_threshold", "max_overlap")
-        settings = {name: cfg[name] for name in kept_by if name in cfg}
-        write_pseudo_labels(model, files, categories, Path(flags.pseudo), device, sizes, settings)
+        settings = {name: cfg[name] for name in KEPT_BY if name in cfg}
+        folder = write_pseudo_labels(model, files, categories, Path(flags.pseudo), device, sizes, settings)
+        print(f"when they are corrected: {training_command(cfg, flags.pseudo, folder)}")
     else:
         write_predictions(model, files, categories, Path(flags.out), device, sizes, flags.threshold)
 
@@ -104,9 +112,10 @@ def write_predictions(model, files, categories, out: Path, device, sizes, thresh
 
 
 @torch.no_grad()
-def write_pseudo_labels(model, files, categories, out: Path, device, sizes, settings: dict) -> None:
+def write_pseudo_labels(model, files, categories, out: Path, device, sizes, settings: dict) -> Path:
     """out/instances_train.json. An annotation has its "score" besides, an image its "doubt": 1 minus the
-    lowest score of its pseudo-labels, or without any the highest score. settings: of `pseudo_labels`."""
+    lowest score of its pseudo-labels, or without any the highest score. settings: of `pseudo_labels`. Returns
+    the folder that the images' names start from."""
     out.mkdir(parents=True, exist_ok=True)
     folder = Path(os.path.commonpath([file.parent for file in files]))
     images, annotations = [], []
@@ -133,7 +142,18 @@ def write_pseudo_labels(model, files, categories, out: Path, device, sizes, sett
     annotations.sort(key=lambda entry: (place[entry["image_id"]], entry["score"]))
     write_coco(out / "instances_train.json", images, annotations, categories)
     print(f"{len(annotations)} pseudo-labels of {len(images)} images -> {out / 'instances_train.json'}")
-    print(f"when they are corrected: python distill.py --data {out} --image-folder {folder} --ratio 1")
+    return folder
+
+
+def training_command(cfg: dict, data, images) -> str:
+    """That trains on other data with the settings cfg of a run, which are empty if it is none of ours."""
+    words = ["python", "distill.py", "--data", str(data), "--image-folder", str(images), "--ratio", "1"]
+    if "preset" in cfg:
+        words += ["--preset", cfg["preset"]]
+        for name, value in dataclasses.asdict(Config(**PRESETS[cfg["preset"]])).items():
+            if name not in OF_ITS_DATA and cfg.get(name, value) != value:
+                words += ["--" + name.replace("_", "-"), shown(cfg[name])]
+    return shlex.join(words)
 
 
 def readable(result: dict) -> dict:
