@@ -69,9 +69,9 @@ class Config:
     colour: bool = knob(False, "photometric jitter of the weak view (the paper's Cityscapes recipe)")
     blur: tuple = knob((0.1, 2.0), "sigma of the strong view's Gaussian blur, pixels")
     test_short_side: int = knob(
-        None, "shorter side at test time, pixels, 0 keeps images; empty: 800 for --crop 1024,1024, and so on"
+        None, "shorter side at test time, pixels; 0: as it is; empty: as the crop, 800 for a side of 1024"
     )
-    test_long_side: int = knob(None, "limit of the longer side at test time; empty: 1333 for it, and so on")
+    test_long_side: int = knob(None, "limit of the longer side; empty: as the crop, 1333 for a side of 1024")
     workers: int = knob(4, "loader processes for each of the two streams; 0 loads in the training process")
     loader_timeout: float = knob(300.0, "seconds without an image after which one counts as stuck")
 
@@ -248,7 +248,8 @@ PRESETS = {
 # ------------------------------------------------------------------------------------------------ the method
 
 
-KEPT_BY = "score_threshold", "min_area", "mask_threshold", "max_overlap"  # settings of the next
+# Settings by which a query's mask becomes a pseudo-label, or does not.
+KEPT_BY = "score_threshold", "min_area", "mask_threshold", "max_overlap"
 
 
 @torch.no_grad()
