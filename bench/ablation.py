@@ -2,7 +2,7 @@
 seed have the same labelled images and, where they do not say otherwise, the same teacher and a student with
 the same initial weights.
 
-    python bench/ablation.py --quick                               # a small table in twelve minutes
+    python bench/ablation.py --quick                               # a small table in a quarter of an hour
     python bench/ablation.py --ratio 0.02 0.05 0.1 --seeds 0 1 2   # on shapes
     python bench/ablation.py --data nuclei --ratio 0.05 0.1 --recipes paper labels-only
     python bench/ablation.py --tables                              # ABLATION.md of bench/ablation.jsonl
