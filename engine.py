@@ -69,7 +69,7 @@ def start_processes(device: str = "", precision: str = "") -> torch.device:
             raise ValueError("--device cuda, but torch finds no GPU that it can use")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = False  # nor in costs, losses and sampling locations
+        torch.backends.cuda.matmul.allow_tf32 = False  # costs, losses and sampling locations are fp32
         torch.backends.cudnn.allow_tf32 = precision != "fp32"
     for number in STOP_SIGNALS:
         signal.signal(number, _on_signal)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shlex
 import signal
 import sys
@@ -210,6 +211,16 @@ def test_tables_have_means_deviations_and_paired_differences(tables):
     # Differences of 3 and 2 over the two seeds that both have; standard error sqrt(0.5 / 2).
     assert ours[4].strip() == "+2.5 ± 0.5 (2)" and ours[3].strip() == "42.0 ± 49.4 (3)"
     assert next(line for line in lines if "EMA teacher" in line).split("|")[5].strip() == "+1.0 ± 0.0 (3)"
+
+
+def test_the_commands_that_the_readme_has_name_recipes_that_there_are(tables):
+    text = (ROOT / "README.md").read_text()
+    commands = [shlex.split(line) for line in re.findall("`(python bench/ablation.py [^`]*)`", text)]
+    assert len(commands) == 4
+    for words in commands:
+        assert {w for w in words if w[:2] == "--"} <= {"--quick", "--data", "--ratio", "--recipes"}
+        after = words[words.index("--recipes") + 1 :] if "--recipes" in words else []
+        assert set(after) <= tables.RECIPES.keys() and ("--quick" in words or after)
 
 
 def test_the_page_and_its_figure_are_made_of_the_records(tables, tmp_path):

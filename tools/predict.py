@@ -20,9 +20,8 @@ from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
 import engine
-from burnin import KEPT_BY, pseudo_labels
+from burnin import KEPT_BY, PRESETS, Config, pseudo_labels
 from data import DataError, image_files, read_image, test_size, to_tensor
-from distill import PRESETS, Config
 from evaluate import check_classes, coco_results, draw_found, find, load_model, validation_set
 from flags import shown
 from model import resize
@@ -150,9 +149,10 @@ def training_command(cfg: dict, data, images) -> str:
     words = ["python", "distill.py", "--data", str(data), "--image-folder", str(images), "--ratio", "1"]
     if "preset" in cfg:
         words += ["--preset", cfg["preset"]]
-        for name, value in dataclasses.asdict(Config(**PRESETS[cfg["preset"]])).items():
-            if name not in OF_ITS_DATA and cfg.get(name, value) != value:
-                words += ["--" + name.replace("_", "-"), shown(cfg[name])]
+        preset = dataclasses.asdict(Config(**PRESETS[cfg["preset"]]))  # without the flags of distill.py alone
+        for name, value in cfg.items():
+            if name not in OF_ITS_DATA and (name not in preset or value != preset[name]):
+                words += ["--" + name.replace("_", "-"), shown(value)]
     return shlex.join(words)
 
 
