@@ -77,7 +77,7 @@ class Config:
 
     backbone: str = knob(
         "resnet50",
-        "resnet50, resnet101, swin_t, swin_s, swin_b, swin_l, deit_b, dinov2_b, dinov2_l, or any timm model",
+        "resnet50, resnet101, swin_t, swin_s, swin_b, swin_l, deit_b, dinov2_b, dinov2_l, or a timm model",
         group="model",
     )
     pretrained: bool = knob(True, "start from timm's ImageNet weights (downloads them)")
@@ -91,9 +91,9 @@ class Config:
     norm: str = knob("frozen", "the backbone's batch norms: frozen, batch (trained, synchronised), group")
     num_queries: int = knob(0, "objects found in an image at most; 0: 100, with swin_l 200")
     hidden_dim: int = knob(256, "channels of pixel decoder and transformer decoder", least=1)
-    encoder_layers: int = knob(6, "deformable attention layers of the pixel decoder")
+    encoder_layers: int = knob(6, "deformable attention layers of the pixel decoder", least=1)
     encoder_ffn: int = knob(1024, "width of their feed-forward networks", least=1)
-    decoder_layers: int = knob(9, "layers of the transformer decoder")
+    decoder_layers: int = knob(9, "layers of the transformer decoder", least=1)
     decoder_ffn: int = knob(2048, "width of their feed-forward networks", least=1)
 
     lr: float = knob(1e-4, "AdamW's learning rate", group="optimisation, all phases")
@@ -179,6 +179,10 @@ class Config:
             raise ValueError(f"--steps is one number or three, whole and at least 1, found {self.steps}")
         if self.accumulate > 1 and self.norm == "batch":
             raise ValueError("--accumulate is 1 with --norm batch, whose statistics are a batch's")
+        if self.labels_only and (self.teacher or self.student):
+            raise ValueError("--labels-only trains a fresh model, without --teacher and --student")
+        if self.teacher and self.student:
+            raise ValueError("--student begins with phase 3, where nothing is left to do for --teacher")
         threes = {
             "loss-weights": self.loss_weights,
             "pixel-mean": self.pixel_mean,
@@ -441,7 +445,7 @@ def guided(losses: dict) -> dict:
 def log_guided(run, losses, guided_losses, pseudo) -> None:
     scores = torch.cat([p["scores"] for p in pseudo])
     shown = last_layer(losses) | last_layer(guided_losses, "guided")
-    shown |= {"pseudo_labels": len(scores) / len(pseudo), "mean_score": scores.sum() / max(1, len(scores))}
+    shown |= {"pseudo_labels": len(scores) / len(pseudo), "mean_score": (scores.sum(), len(scores))}
     run.log(
         shown,
         loss=sum(losses.values()),
@@ -459,7 +463,7 @@ def warn_of_guidance(run) -> None:
     strange = number == 0 or number and number > run.teacher.decoder.query_features.num_embeddings / 2
     if strange and not run.warned:
         run.warned = True
-        score = f"the teacher's highest score is {run.means['highest_score']:.2f}"
+        score = f"the teacher's highest score in a step is {run.means['highest_score']:.2f}"
         threshold = f"--score-threshold is {run.cfg.score_threshold}"
         say(f"warning: {run.phase}: {number:.1f} pseudo-labels an image; {score}, {threshold}")
 
@@ -482,7 +486,9 @@ def measure(run, setting: Setting, teacher) -> dict:
     lines = [f"{run.phase}: {ap_line(results['ap'])}"] if results["ap"] else []
     say(*lines, *health_lines(results["pseudo"]), sep="\n")
     if run.board and setting.val:
+        run.model.eval()
         page = sheet(setting.pictures({"prediction": run.model}), ["image", "ground truth", "prediction"])
+        run.model.train()
         run.board.add_image("predictions", np.asarray(page), run.step + 1, dataformats="HWC")
     return results
 

@@ -154,7 +154,9 @@ def overlaps(ids: np.ndarray, detections: list[dict]) -> dict:
             entry = {"instID": value, "labelID": label, "pixelCount": pixels, "medDist": -1, "distConf": 0.0}
             truth[CLASSES[label]].append(entry | {"matchedPred": []})
     for number, detection in enumerate(detections):
-        inside = ids[rle_tools.decode(detection["segmentation"]) > 0]
+        x, y, w, h = rle_tools.toBbox(detection["segmentation"]).astype(int).tolist()
+        box = slice(y, y + h), slice(x, x + w)
+        inside = ids[box][rle_tools.decode(detection["segmentation"])[box] > 0]
         shared = np.bincount(inside, minlength=34_000)  # pixels of each id within the detection
         entry = {
             "predID": number,

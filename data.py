@@ -37,7 +37,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
 GREY = 128  # what lies outside an image within a crop
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # of an image; Pillow refuses larger ones as decompression bombs
+# Of an image; Pillow refuses larger ones as decompression bombs, unless it is told not to.
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
 ORIENTATION = 0x0112  # the EXIF tag
 # Not PostScript, for which Pillow would run a program.
 FORMATS = "JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000"
@@ -162,7 +163,7 @@ class Packed:
         return pickle.loads(self.bytes[start : self.ends[index]].tobytes())
 
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".jp2")
 
 
 def image_files(folder) -> list[str]:
@@ -187,8 +188,9 @@ def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
     """An image file of any mode as RGB.
 
     16-bit values are scaled to 8 bits; transparency is left out. An EXIF orientation is applied, as tools for
-    annotation do, unless only the stored pixels have the `size` (H, W) of the annotations. Raises DataError
-    for a file that cannot be read, has another size, or floating-point pixels."""
+    annotation do, unless only the stored pixels have the `size` (H, W) of the annotations (of a TIFF always:
+    Pillow stores them turned). Raises DataError for a file that cannot be read, has another size, or
+    floating-point pixels."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
@@ -232,7 +234,7 @@ def read_coco(json_file, image_folder) -> tuple[dict, dict, list[dict], list[str
         raise DataError(f"no annotation file {str(json_file)!r}") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
         raise DataError(f"{json_file} is not a COCO instances file: {error!r}"[:500]) from None
-    errors, dropped = [], []
+    errors, dropped, names = [], [], set()
 
     def passed(entries, kind, check):
         """The entries that pass the check, by id; None for one that is left out."""
@@ -249,6 +251,15 @@ def read_coco(json_file, image_folder) -> tuple[dict, dict, list[dict], list[str
             except DataError as error:
                 errors.append(f"{name[:80]}: {error}")
         return result
+
+    def check_category(entry):
+        name = entry.get("name")
+        if not isinstance(name, str):
+            raise DataError(f"its name is {name!r}"[:200])
+        if name in names:
+            raise DataError(f"another one has the name {name!r} too"[:200])
+        names.add(name)
+        return entry
 
     def check_annotation(entry):
         for key, known in (("image_id", images), ("category_id", categories)):
@@ -277,12 +288,6 @@ def read_coco(json_file, image_folder) -> tuple[dict, dict, list[dict], list[str
     annotations = passed(lists[2], "annotation", check_annotation)
     categories, images = ({i: e for i, e in entries.items() if e} for entries in (categories, images))
     return categories, images, [entry for entry in annotations.values() if entry], errors, dropped
-
-
-def check_category(entry: dict) -> dict:
-    if not isinstance(entry.get("name"), str):
-        raise DataError(f"its name is {entry.get('name')!r}"[:200])
-    return entry
 
 
 def image_check(folder):
@@ -411,6 +416,8 @@ def find_data(data: str, root=None, *, train_json="", val_json="", images="") ->
         folder = Path(root or "datasets") / "shapes"
         if not folder.exists():
             write_shapes(folder)
+    elif root:
+        raise DataError(f"--root goes with shapes, coco or cityscapes as --data, not with {data!r}")
     elif not folder.is_dir() and not (train_json and images):
         raise DataError(f"--data {data!r} is neither shapes, coco, cityscapes nor a folder that exists")
     images = images or folder / "images"
@@ -556,18 +563,6 @@ class Geometry:
         canvas.paste(window)
         return canvas
 
-    def image(self, image: Image.Image) -> Image.Image:
-        """An image of any size -> its crop."""
-        region, box, _ = self.region(image)
-        return self.lay(region, box)
-
-    def mask(self, segmentation, H: int, W: int) -> np.ndarray:
-        """A segmentation of the image (H, W) in any COCO form -> its mask in the crop, bool."""
-        part, top, left = self.mask_part(segmentation, H, W)
-        mask = np.zeros(self.crop, dtype=bool)
-        mask[top : top + part.shape[0], left : left + part.shape[1]] = part
-        return mask
-
     def mask_part(self, segmentation, H: int, W: int) -> tuple[np.ndarray, int, int]:
         """A part of the mask in the crop with all of it that is in the window, and its top and left."""
         h, w = self.window
@@ -680,11 +675,12 @@ def stream(
     workers=0,
     timeout=0,
     first_step=0,
+    pin_memory=False,
     **sampling,
 ):
     """An endless iterator over batches, each a list of `batch` items of `views`, which have the path of their
     image besides, as "file". With several processes each takes its own part of a common batch. first_step:
-    where to go on. sampling: arguments of `StepSampler`.
+    where to go on. pin_memory: for copies to a GPU. sampling: arguments of `StepSampler`.
 
     A damaged image gives way to another one and is named on standard error; DataError ends the stream when
     they are more than one and more than 1 % of all. The DataLoader raises RuntimeError when a worker dies, or
@@ -696,7 +692,7 @@ def stream(
         num_workers=workers,
         timeout=timeout if workers else 0,
         collate_fn=list,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         generator=torch.Generator(),  # or it would draw from the global one
         worker_init_fn=_leave_signals_to_the_main_process,
     )

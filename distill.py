@@ -95,7 +95,8 @@ def distill(cfg: Config, setting: Setting) -> None:
         burnin.report(run, step + 1, setting, teacher)
 
     teacher_ap = setting.evaluate(teacher)
-    say(f"the EMA teacher: {ap_line(teacher_ap)}")
+    if teacher_ap:
+        say(f"the EMA teacher: {ap_line(teacher_ap)}")
     burnin.finish(run, setting, teacher, teacher_ap=teacher_ap)
 
 
@@ -121,7 +122,8 @@ def load_student(cfg: Config, setting: Setting) -> dict:
 
 
 def summary(cfg: Config, setting: Setting) -> None:
-    """The table of all phases, a picture of teacher and student on the same images, and the report."""
+    """The table of all phases, a picture of teacher and student on the same images, and the report; of one
+    process."""
     out, device = Path(cfg.out), setting.device
     with user_errors():  # an earlier phase's file may be gone
         phases = {} if cfg.student else {"teacher": load_teacher(cfg, setting)}
@@ -139,14 +141,13 @@ def summary(cfg: Config, setting: Setting) -> None:
         number, by_class = len(setting.labelled), setting.num_classes <= 10
         say(f"\nmask AP on {len(setting.val)} images, after training with {number} labelled ones\n")
         say(ap_table(aps, by_class))
-    if engine.rank() == 0:
-        first = "burnt-in" if cfg.student else "teacher"
-        models = {first: phases[first], **({"refined": refined} if refined else {"student": last})}
-        models = {name: load_model(checkpoint, "student", device) for name, checkpoint in models.items()}
-        rows, names = setting.pictures(models), ["image", "ground truth", *models]
-        sheet(rows, names).save(out / "predictions.png")
-        say(f"\npicture: {out / 'predictions.png'}")
-        write_report(out, setting, aps, rows, names)
+    first = "burnt-in" if cfg.student else "teacher"
+    models = {first: phases[first], **({"refined": refined} if refined else {"student": last})}
+    models = {name: load_model(checkpoint, "student", device) for name, checkpoint in models.items()}
+    rows, names = setting.pictures(models), ["image", "ground truth", *models]
+    sheet(rows, names).save(out / "predictions.png")
+    say(f"\npicture: {out / 'predictions.png'}")
+    write_report(out, setting, aps, rows, names)
 
 
 def write_report(out: Path, setting: Setting, aps: dict, rows: list, names: list[str]) -> None:
@@ -180,7 +181,7 @@ def main(cfg: Config) -> None:
             refine(cfg, setting)
         elif setting.finished["distill"]:
             say("all phases are done")
-        if setting.val:
+        if setting.val and engine.rank() == 0:
             with user_errors(OSError):
                 summary(cfg, setting)
 

@@ -306,7 +306,7 @@ class Run:
                 group.update(ours)
         self._go_on()
         self._distribute()
-        self.values, self.counts, self.means = {}, {}, {}  # means: of the last log line
+        self.sums, self.means = {}, {}  # since the last log line; of the last one
         self.shown = []  # names of what stands in it
         self.board = None  # TensorBoard's
         if cfg.tensorboard and rank() == 0:
@@ -418,20 +418,21 @@ class Run:
 
     def log(self, shown: dict, **values) -> None:
         """Adds values to be averaged for the next line of metrics.jsonl, of which those `shown` stand in the
-        progress line too; unless the step has been skipped. "images": of this process in this step."""
+        progress line too; unless the step has been skipped. A pair is a sum and how many were summed.
+        "images": of this process in this step."""
         self.shown = list(shown)
         for name, value in (shown | values).items() if not self.skipped else ():
+            value, number = value if isinstance(value, tuple) else (value, 1)
             value = value.detach() if isinstance(value, Tensor) else value
-            self.values[name] = self.values.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
+            before = self.sums.get(name, (0.0, 0))
+            self.sums[name] = before[0] + value, before[1] + number
 
     def _means(self, step, seconds) -> dict:
-        """Of what has been logged since the last time; those for the progress line."""
-        names = list(self.values)
-        means = [float(self.values[name]) / self.counts[name] for name in names]
-        means = mean_over_processes(torch.tensor(means, device=self.device)).tolist()
-        self.means = means = dict(zip(names, means))
-        self.values, self.counts = {}, {}
+        """Of what has been logged since the last time, None of no values; those for the progress line."""
+        sums = torch.tensor([[float(value), number] for value, number in self.sums.values()]).to(self.device)
+        sums = mean_over_processes(sums).tolist()
+        means = {name: value / number if number else None for name, (value, number) in zip(self.sums, sums)}
+        self.means, self.sums = means, {}
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         images = means.pop("images", 0) * world_size() / seconds
         self.record(step, **means, lr=lr, images_per_second=images)
@@ -594,7 +595,7 @@ def _flat(values: dict, prefix=""):
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{name}/")
-        else:
+        elif value is not None:
             yield prefix + name, value
 
 

@@ -100,6 +100,11 @@ def evaluate(model, dataset: CocoDataset, device="cpu", *, short_side=0, long_si
     bar.close()
     model.train(training)
     detections = gather(detections)
+    return gather([ap_of(dataset, detections)] if engine.rank() == 0 else [])[0]
+
+
+def ap_of(dataset: CocoDataset, detections: list[dict]) -> dict:
+    """Mask AP by the rules of COCO, on Cityscapes also by its own."""
     result = mask_ap(dataset, detections)
     if is_cityscapes(dataset):
         root = dataset.image_folder.parent

@@ -53,7 +53,8 @@ class Mask2Former(nn.Module):
     """Images in, a class and a mask for each of Q queries out.
 
     num_classes: K, without "no object", which is the last class logit (index K).
-    backbone: a name of BACKBONES, or any timm model with feature maps at strides 4 to 32, or a plain ViT.
+    backbone: a name of BACKBONES, or a timm model that has feature maps at strides 4 to 32 or is a plain ViT,
+        and takes images of any size.
     pretrained: start from timm's ImageNet weights (downloads them). backbone_weights: from this local file of
         timm's names instead.
     norm: what becomes of the backbone's batch norms: "frozen" (statistics, factors and shifts stay as they

@@ -70,6 +70,7 @@ class Setting:
             raise ValueError(
                 "--norm batch is synchronised on GPUs only; on several CPUs take group or frozen"
             )
+        self.view = View(cfg.crop, cfg.scale, cfg.short_side, colour=cfg.colour, blur=cfg.blur)
         self._read_data()
         self._plan_model()
         weights = dict(zip(("weight_class", "weight_mask", "weight_dice"), cfg.loss_weights))
@@ -77,7 +78,6 @@ class Setting:
             self.num_classes, **weights, no_object_weight=cfg.no_object_weight, num_points=cfg.num_points
         ).to(self.device)
         self.test_sizes = {"short_side": cfg.test_short_side, "long_side": cfg.test_long_side}
-        self.view = View(cfg.crop, cfg.scale, cfg.short_side, colour=cfg.colour, blur=cfg.blur)
         engine.lr_factor(cfg.schedule, progress=0.0)
         refined = ["refine"] if cfg.refine else []
         self.finished = {  # read once: checkpoints are large
@@ -105,6 +105,10 @@ class Setting:
             self.labelled = listed_split(cfg.split, self.train)
         else:
             self.labelled = labelled_split(self.train.image_ids, cfg.ratio, cfg.seed)
+        if not any(map(self.train.labels, self.labelled)):
+            dropped = self.train.dropped
+            why = f"; {len(dropped)} annotations are left out, such as: {dropped[0]}" if dropped else ""
+            raise ValueError(f"{self.train.json_file}: no labelled image has an object{why}")
         self.pool = Pool(self.train, cfg.unlabelled or (), known=[self.train, self.val])
         if is_cityscapes(self.val):
             cityscapes.rules()
@@ -133,6 +137,11 @@ class Setting:
                 model = Mask2Former(**self.model_args)
         except TypeError as error:
             raise ValueError(f"--backbone-args {cfg.backbone_args}: {error}") from None
+        H, W = (side + 32 for side in cfg.crop)  # any other size: images at test time have many
+        try:
+            model.backbone(torch.empty(1, 3, H, W, device="meta"))
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"--backbone {cfg.backbone} takes no images of {H} x {W}: {error}") from None
         self.init = read_weights(cfg.init)["student"] if cfg.init else None
         if self.init:
             for note in initialise(Mask2Former(**self.model_args), self.init):
@@ -197,6 +206,9 @@ class Setting:
             yield f"{len(without)} classes are in no labelled image: {names}"
         if len(self.labelled) < self.cfg.batch:
             yield f"a batch has {self.cfg.batch} images, but only {len(self.labelled)} are labelled"
+        empty = sum(not image for image in labels)
+        if empty > len(labels) / 2:
+            yield f"{empty} of {len(labels)} labelled images have no object"
         if max(map(len, labels)) > self.cfg.num_queries:
             yield f"an image has {max(map(len, labels))} objects, the model {self.cfg.num_queries} queries"
         strange = []  # images whose size at test time is none that training has
@@ -205,9 +217,11 @@ class Setting:
             strange += [(H, W, now, low, high)] if not 0.99 * low <= now <= 1.01 * high else []
         if strange and len(strange) > len(self.val) / 2:
             H, W, now, low, high = strange[0]
+            in_training = "--short-side" if self.cfg.short_side else "--scale"
             yield (
                 f"an image of {H} x {W} is resized by {now:.3g} at test time, in training by {low:.3g} to "
-                f"{high:.3g}; --test-short-side and --test-long-side change the former, --scale the latter"
+                f"{high:.3g}; --test-short-side and --test-long-side change the former, {in_training} the "
+                "latter"
             )
 
     def fresh_model(self, name: str) -> Mask2Former:
@@ -247,6 +261,7 @@ class Setting:
             workers=self.cfg.workers,
             timeout=self.cfg.loader_timeout,
             first_step=first_step,
+            pin_memory=self.device.type == "cuda",
             **sampling,
         )
 
@@ -257,13 +272,7 @@ class Setting:
         return evaluate(model, self.val, self.device, batch=batch, **self.test_sizes)
 
     def pictures(self, models: dict) -> list[list]:
-        training = [model for model in models.values() if model.training]
-        for model in training:
-            model.eval()
-        rows = pictures(models, self.val, self.device, **self.test_sizes)
-        for model in training:
-            model.train()
-        return rows
+        return pictures(models, self.val, self.device, **self.test_sizes)
 
 
 def load_teacher(cfg, setting) -> dict:

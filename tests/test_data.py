@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import runpy
 import shutil
 from pathlib import Path
 
@@ -174,6 +175,11 @@ def test_a_folder_in_coco_form_is_read_as_data(shapes):
     assert (len(train), len(val)) == (12, 6)
 
 
+def test_it_can_be_copied_where_pillow_is_told_to_refuse_no_image(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert runpy.run_path(data.__file__, run_name="copy")["MAX_PIXELS"] > 10**8
+
+
 def test_data_that_is_neither_known_nor_a_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="neither shapes, coco, cityscapes nor a folder"):
         load_data(str(tmp_path / "nowhere"))
@@ -284,6 +290,20 @@ def random_geometries(count, H, W, seed=0):
     return [Geometry.draw(views[i % 2], H, W, rng) for i in range(count)]
 
 
+def cut_image(geometry, image):
+    """The crop of an image."""
+    region, box, _ = geometry.region(image)
+    return geometry.lay(region, box)
+
+
+def cut_mask(geometry, segmentation, H, W):
+    """The mask in the crop of a segmentation of the image (H, W)."""
+    part, top, left = geometry.mask_part(segmentation, H, W)
+    mask = np.zeros(geometry.crop, dtype=bool)
+    mask[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return mask
+
+
 def test_geometries_stay_within_image_and_crop():
     for geometry in random_geometries(200, 70, 110):
         for start, window, resized, crop in zip(
@@ -298,8 +318,8 @@ def test_a_polygon_and_an_rle_of_the_same_rectangle_have_the_same_mask_in_the_cr
     mask[20:55, 30:90] = 1
     shown = 0
     for geometry in random_geometries(200, H, W):
-        of_polygon = geometry.mask(rectangle(20, 30, 55, 90), H, W)
-        of_rle = geometry.mask(compressed(mask), H, W)
+        of_polygon = cut_mask(geometry, rectangle(20, 30, 55, 90), H, W)
+        of_rle = cut_mask(geometry, compressed(mask), H, W)
         assert of_polygon.shape == of_rle.shape == geometry.crop and of_rle.dtype == of_polygon.dtype == bool
         assert agree(of_polygon, of_rle), geometry
         shown += of_rle.any()
@@ -312,12 +332,12 @@ def test_the_mask_of_a_crop_is_the_crop_of_the_mask():
     mask = rle_tools.decode(to_rle(POLYGON, H, W))
     picture = Image.fromarray(255 * np.repeat(mask[..., None], 3, axis=2))
     for geometry in random_geometries(200, H, W):
-        pixels = np.asarray(geometry.image(picture))
+        pixels = np.asarray(cut_image(geometry, picture))
         beyond = np.ones(geometry.crop, dtype=bool)
         beyond[: geometry.window[0], : geometry.window[1]] = False
         assert (pixels[beyond] == data.GREY).all()
         for segmentation in (POLYGON, compressed(mask)):
-            found = geometry.mask(segmentation, H, W)
+            found = cut_mask(geometry, segmentation, H, W)
             assert not found[beyond].any()
             assert agree((pixels[..., 0] > data.GREY) & ~beyond, found), geometry
 
@@ -336,7 +356,7 @@ def test_the_mask_of_polygons_is_that_of_pycocotools_at_the_size_of_the_crop():
             )
         expected = rle_tools.decode(to_rle(moved, *geometry.crop)).astype(bool)
         expected[geometry.window[0] :] = expected[:, geometry.window[1] :] = False
-        assert np.array_equal(geometry.mask([p.flatten().tolist() for p in polygons], H, W), expected), (
+        assert np.array_equal(cut_mask(geometry, [p.flatten().tolist() for p in polygons], H, W), expected), (
             geometry
         )
 
@@ -348,7 +368,7 @@ def test_an_enlarged_image_is_cut_as_if_it_were_enlarged_whole():
         whole = np.asarray(image.resize(geometry.resized[::-1], Image.Resampling.BILINEAR)).astype(int)
         expected = whole[top : top + h, left : left + w]
         expected = expected[:, ::-1] if geometry.flip else expected
-        assert np.abs(np.asarray(geometry.image(image))[:h, :w] - expected).max() <= 2, geometry
+        assert np.abs(np.asarray(cut_image(geometry, image))[:h, :w] - expected).max() <= 2, geometry
 
 
 def test_mirroring_mirrors_the_window_and_nothing_else():
@@ -356,7 +376,7 @@ def test_mirroring_mirrors_the_window_and_nothing_else():
     mirrored = Geometry(resized=(60, 80), top=5, left=10, window=(50, 60), flip=True, crop=(64, 64))
     pixels, mask = blob_image()
     image = Image.fromarray(pixels)
-    for cut in (lambda g: np.asarray(g.image(image)), lambda g: g.mask(compressed(mask), 100, 100)):
+    for cut in (lambda g: np.asarray(cut_image(g, image)), lambda g: cut_mask(g, compressed(mask), 100, 100)):
         assert cut(plain).any()
         assert np.array_equal(cut(mirrored)[:50, :60], cut(plain)[:50, :60][:, ::-1])
 

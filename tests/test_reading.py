@@ -154,6 +154,10 @@ BROKEN = {
     "a duplicate annotation": (doubled("annotations"), "annotation 5: another one has the same id"),
     "a duplicate image": (doubled("images"), "image 7: another one has the same id"),
     "a duplicate category": (doubled("categories"), "category 2: another one has the same id"),
+    "two categories of one name": (
+        {**content(), "categories": [{"id": i, "name": "cell"} for i in (2, 3)]},
+        "category 3: another one has the name 'cell' too",
+    ),
     "a category without a name": (changed("categories", name=None), "category 2: its name is None"),
     "a height of 0": (changed("images", height=0), r"image 7: height and width \(0, 20\) are no size"),
     "a width that is text": (changed("images", width="20"), "are no size"),
@@ -488,12 +492,13 @@ def test_more_than_one_percent_of_damaged_images_end_the_stream(many):
 def test_the_pool_has_the_images_of_the_data_set_and_those_of_folders(folder):
     dataset = read(folder, content())
     (folder / "more" / "deep").mkdir(parents=True)
-    for name in ("more/b.png", "more/deep/C.PNG", "more/deep/d.jpg"):
+    for name in ("more/b.png", "more/deep/C.PNG", "more/deep/d.jpg", "more/e.gif", "more/f.jp2"):
         Image.fromarray(marked()).save(folder / name)
     (folder / "more" / "notes.txt").write_text("no image")
     pool = Pool(dataset, [folder / "more"])
-    assert [os.path.basename(pool.path(i)) for i in pool.image_ids] == ["a.png", "b.png", "C.PNG", "d.jpg"]
-    assert [pool.size(i) for i in pool.image_ids] == [(H, W), None, None, None]
+    names = [os.path.basename(pool.path(i)) for i in pool.image_ids]
+    assert names == ["a.png", "b.png", "C.PNG", "d.jpg", "e.gif", "f.jp2"]
+    assert [pool.size(i) for i in pool.image_ids] == [(H, W)] + 5 * [None]
     assert pool.image(0).size == pool.image(2).size == (W, H)
     views = Views(pool, View((32, 32)), labels=False, strong=True)
     assert all(set(views[i, 0]) == {"image", "strong"} for i in pool.image_ids)

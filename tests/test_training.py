@@ -224,6 +224,11 @@ def test_one_step_of_two_processes_equals_one_step_of_one(tiny, tmp_path):
         (["--steps", "1,2"], "--steps is one number or three"),
         (["--crop", "65,64"], "multiples of 32"),
         (["--data", "coco", "--root", "/nowhere"], "no annotation file"),
+        (["--root", "/nowhere"], "--root goes with shapes, coco or cityscapes as --data, not with '/"),
+        (["--labels-only", "--teacher", "a.pt"], "--labels-only trains a fresh model, without --teacher"),
+        (["--student", "a.pt", "--teacher", "b.pt"], "--student begins with phase 3"),
+        (["--encoder-layers", "0"], "--encoder-layers must be at least 1, found 0"),
+        (["--backbone", "swinv2_tiny_window8_256", "--backbone-args", "{}"], "takes no images of 96 x 96: "),
         (["--teacher", "missing.pt"], "no checkpoint 'missing.pt'"),
         (["--student", "missing.pt"], "no checkpoint 'missing.pt'"),
         (["--init", "missing.pkl"], "no checkpoint 'missing.pkl'"),
@@ -299,6 +304,39 @@ def test_classes_of_training_and_validation_must_agree(tiny, tmp_path, capsys):
     assert "validation ['circle', 'square', 'triangle', 'moon']" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"annotations": []}, "no labelled image has an object\n"),
+        ({"annotations": [], "images": []}, "no labelled image has an object\n"),
+        ({"categories": []}, "annotation 1: its category_id 3 is not in the file"),
+        ({"segmentation": [1, 1, 9, 1, 9, 9]}, "; 33 annotations are left out, such as: annotation 1 (image"),
+    ],
+)
+def test_labels_without_an_object_are_refused(tiny, tmp_path, capsys, change, words):
+    shutil.copytree(tiny, tmp_path / "data")
+    file = tmp_path / "data/instances_train.json"
+    content = json.loads(file.read_text())
+    for part in content["annotations"] if "segmentation" in change else [content]:
+        part |= change
+    file.write_text(json.dumps(content))
+    with pytest.raises(SystemExit) as stopped:
+        distill.cli(["--data", str(tmp_path / "data"), *TINY, "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and words in error
+
+
+def test_many_labelled_images_without_objects_are_said(tiny, tmp_path, capsys):
+    shutil.copytree(tiny, tmp_path / "data")
+    file = tmp_path / "data/instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 0]
+    file.write_text(json.dumps(content))
+    flags = ["--data", str(tmp_path / "data"), *TINY, "--ratio", "1", "--out", str(tmp_path / "out")]
+    distill.Setting(parse_config(distill.Config, distill.PRESETS, flags)).show(distill.PRESETS)
+    assert "warning: 11 of 12 labelled images have no object\n" in capsys.readouterr().out
+
+
 def test_a_teacher_of_ones_own_may_be_another_model(tiny, finished, tmp_path):
     out, _ = finished
     flags = ["--teacher", out / "teacher.pt", "--hidden-dim", "16", "--steps", "2"]
@@ -372,6 +410,18 @@ def test_a_skipped_step_leaves_the_statistics_of_batch_norms_as_they_were(tmp_pa
     assert first.any(), "a step that counts changes them"
     assert torch.equal(update(torch.full((8, 3), torch.nan)), first)
     assert model[1].running_var.isfinite().all()
+
+
+def test_what_is_logged_is_averaged_over_what_was_counted(tmp_path):
+    cfg = burnin.parse(burnin.Config, burnin.PRESETS, ["--out", str(tmp_path), *TINY])
+    run = engine.Run(cfg, "burnin", nn.Linear(3, 3), torch.device("cpu"), 2, (0, 2))
+    for number, scores in enumerate(([0.8, 0.9], [], [0.7])):
+        run.log({"score": (torch.tensor(scores).sum(), len(scores)), "none": (0.0, 0)}, number=number)
+    shown = run._means(3, 1.0)
+    assert shown["score"] == pytest.approx(0.8) and shown["none"] is None
+    [line] = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert found["number"] == 1 and found["score"] == shown["score"] and found["none"] is None
 
 
 def test_a_student_of_ones_own_that_is_another_model_is_refused(tiny, finished, tmp_path, capsys):
