@@ -464,7 +464,7 @@ def warn_of_guidance(run) -> None:
     strange = number == 0 or number and number > run.teacher.decoder.query_features.num_embeddings / 2
     if strange and not run.warned:
         run.warned = True
-        score = f"the teacher's highest score in a step is {run.means['highest_score']:.2f}"
+        score = f"the teacher's highest score in a step is on average {run.means['highest_score']:.2f}"
         threshold = f"--score-threshold is {run.cfg.score_threshold}"
         say(f"warning: {run.phase}: {number:.1f} pseudo-labels an image; {score}, {threshold}")
 

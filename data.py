@@ -188,8 +188,8 @@ def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
     """An image file of any mode as RGB.
 
     16-bit values are scaled to 8 bits; transparency is left out. An EXIF orientation is applied, as tools for
-    annotation do, unless only the stored pixels have the `size` (H, W) of the annotations (of a TIFF always:
-    Pillow stores them turned). Raises DataError for a file that cannot be read, has another size, or
+    annotation do, unless only the stored pixels have the `size` (H, W) of the annotations (a TIFF's always:
+    Pillow turns it as it loads). Raises DataError for a file that cannot be read, has another size, or
     floating-point pixels."""
     try:
         with Image.open(path, formats=FORMATS) as image:
