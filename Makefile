@@ -1,6 +1,6 @@
-# make demo: the whole method on a laptop.  make test: the tests.  make torture: those of what can break, longer.
-# make test-gpu: those that need a GPU.
-# Each makes .venv and installs what is needed the first time.
+# make demo: the whole method on a laptop CPU.  make test: the tests.  make test-faults: the long version of the
+# fault-tolerance tests.  make test-gpu: the tests that need a GPU.  make lint: style.
+# Each creates .venv and installs the requirements the first time.
 PYTHON ?= python3
 
 demo: .venv/installed
@@ -12,8 +12,8 @@ test: .venv/installed-tests
 test-gpu: .venv/installed-tests
 	.venv/bin/python -m pytest -q tests -m gpu
 
-torture: .venv/installed-tests
-	.venv/bin/python -m pytest -q tests/test_faults.py tests/test_reading.py
+test-faults: .venv/installed-tests
+	.venv/bin/python -m pytest -q tests/test_fault_tolerance.py tests/test_untrusted_files.py
 
 lint: .venv/installed-tests
 	.venv/bin/ruff check .
@@ -30,4 +30,4 @@ lint: .venv/installed-tests
 	.venv/bin/python -m pip install -q -r tests/requirements.txt
 	touch $@
 
-.PHONY: demo test test-gpu torture lint
+.PHONY: demo test test-gpu test-faults lint

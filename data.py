@@ -1,18 +1,17 @@
-"""Every dataset as COCO JSON: reading, the split into labelled and unlabelled images, weak and strong
-views, and endless streams of batches.
+"""Datasets in COCO form, the labeled split, weak and strong views, and endless batches.
 
-    train, val = load_data("shapes")            # or "coco", "cityscapes", or the folder of a dataset
-    labelled = labelled_split(train.image_ids, ratio=0.1, seed=0)
-    batches = stream(Views(train, View(crop=(96, 96))), labelled, batch=8, seed=seed_of(0, "labelled"))
-    batch = next(batches)                                    # [{"image", "labels", "masks"}] * 8
+    train = CocoDataset("my_dataset/instances_train.json", "my_dataset/images")
+    labeled = labeled_split(train.image_ids, ratio=0.1, seed=0)
+    views = AugmentedDataset(train, Augmentation(crop=(96, 96)))
+    batches = endless_batches(views, labeled, batch_size=8, seed=stable_seed(0, "labeled"))
+    batch = next(batches)    # {"image": (8, 3, 96, 96), "file": [...], "targets": [{"labels", "masks"}] * 8}
 
-    python data.py my_dataset                                # checks a data set before it costs days
+Nothing here draws from a global random generator. The view of an image is a function of the seed and of the
+position in the stream. Therefore neither the number of loader processes nor a restart changes it.
 
-Nothing here draws from a global random generator: the view of an image is a function of the stream's seed
-and the position in the stream, so neither the number of workers nor a restart changes it. This file needs
-torch, torchvision, numpy, Pillow and pycocotools and can be copied out alone.
+This file needs torch, torchvision, numpy, Pillow and pycocotools, and can be copied out alone.
 
-Letters in shapes: N objects of one image, H W pixels."""
+Shapes: B images of a batch, N objects of one image, H W pixels."""
 
 import atexit
 import hashlib
@@ -24,7 +23,6 @@ import os
 import pickle
 import re
 import signal
-import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,57 +34,63 @@ from pycocotools import mask as rle_tools
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as TF
 
-GREY = 128  # what lies outside an image within a crop
-# Of an image; Pillow refuses larger ones as decompression bombs, unless it is told not to.
-MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 2**27)
-ORIENTATION = 0x0112  # the EXIF tag
-# Not PostScript, for which Pillow would run a program.
-FORMATS = "JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000"
-
-
-def seed_of(*key) -> int:
-    """A 63-bit seed from any plain values: the same on every machine, in every process, in any order of
-    calls."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
-
-
-# --------------------------------------------------------------------------------------------------- reading
+PAD_VALUE = 128  # gray level of the part of a crop that lies outside the image
+EXIF_ORIENTATION = 0x0112
+# PostScript (EPS) is missing on purpose: Pillow would run Ghostscript to read it.
+IMAGE_FORMATS = "JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000"
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".jp2")
 
 
 class DataError(ValueError):
-    """Something about the data that its owner can put right, in one line."""
+    """A problem with the data that the user can fix. The message is one line."""
+
+
+def stable_seed(*key) -> int:
+    """Derive a 63-bit seed from plain values. It is the same on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+
+
+# ------------------------------------------------------------------------------------------------- datasets
 
 
 class CocoDataset:
-    """Images and instance masks of one COCO JSON file, checked. A mask is a list of polygons or a run-length
-    encoding (RLE): the lengths of the runs of 0 and 1 in turn, column by column. A crowd is one mask for many
-    objects that nobody told apart.
+    """The images and instance masks of one COCO JSON file.
 
-    image_ids: ascending. class_names, category_ids: label k is the k-th category in the order of ids, which
-    may have gaps. Images without annotations are images like any other. Crowds are no training targets, and
-    evaluation neither asks for them nor counts what lies in them as wrong. dropped: a line for each
-    annotation that is left out because it has no mask. Raises DataError for a file that is missing, not of
-    this form, or at odds with itself or its images. With strict=False what is wrong is left out and listed in
-    errors."""
+    A mask is a list of polygons or a run-length encoding (RLE): the lengths of the runs of 0 and 1 in turn,
+    column by column. A crowd is one mask for many objects. Crowds are not used as targets, and the
+    evaluation ignores them. Images without annotations are kept.
 
-    def __init__(self, json_file, image_folder, strict: bool = True):
+    Args:
+        json_file: path of the JSON file.
+        image_folder: the folder that the file names of the images start from.
+        content: the parsed and validated content {"images", "annotations", "categories"} of the file. By
+            default the file is read here and trusted: pycocotools' C code checks nothing. For untrusted
+            files use layouts.validate.load_coco.
+
+    Attributes:
+        image_ids: in ascending order.
+        class_names, category_ids: label k is the k-th category in the order of ids, which may have gaps.
+        errors, dropped: messages about entries that the validation left out, empty by default."""
+
+    def __init__(self, json_file, image_folder, content: dict | None = None):
         self.json_file, self.image_folder = Path(json_file), Path(image_folder)
-        categories, images, annotations, self.errors, self.dropped = read_coco(json_file, image_folder)
-        if self.errors and strict:
-            more = f" ({len(self.errors)} problems in all; python data.py lists them)"
-            raise DataError(f"{json_file}: {self.errors[0]}{more if len(self.errors) > 1 else ''}")
+        self.errors, self.dropped = [], []
+        if content is None:
+            content = json.loads(self.json_file.read_text(encoding="utf-8"))
+        categories = {category["id"]: category["name"] for category in content["categories"]}
+        images = {image["id"]: image for image in content["images"]}
         self.category_ids = sorted(categories)
-        self.class_names = [categories[category_id]["name"] for category_id in self.category_ids]
+        self.class_names = [categories[category_id] for category_id in self.category_ids]
         self.image_ids = sorted(images)
         self._label = {category_id: label for label, category_id in enumerate(self.category_ids)}
         self._row = {image_id: row for row, image_id in enumerate(self.image_ids)}
         sizes = [(images[i]["height"], images[i]["width"]) for i in self.image_ids]
         self._sizes = np.array(sizes, dtype=int).reshape(-1, 2)
-        self._names = Packed(images[i]["file_name"] for i in self.image_ids)
+        self._names = SerializedList(images[i]["file_name"] for i in self.image_ids)
         by_image = {image_id: [] for image_id in self.image_ids}
-        for annotation in annotations:
+        for annotation in content["annotations"]:
             by_image[annotation["image_id"]].append(annotation)
-        self._annotations = Packed(by_image.values())
+        self._annotations = SerializedList(map(_select_keys, by_image.values()))
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -98,57 +102,80 @@ class CocoDataset:
         return self.image_folder / self.file_name(image_id)
 
     def size(self, image_id) -> tuple[int, int]:
-        """(H, W)"""
+        """Return (H, W)."""
         return tuple(self._sizes[self._row[image_id]].tolist())
 
     def image(self, image_id) -> Image.Image:
         return read_image(self.path(image_id), self.size(image_id))
 
     def annotations(self, image_id) -> list[dict]:
+        """Return dictionaries with "id", "image_id", "category_id", "segmentation", "iscrowd" and "area"
+        (or None)."""
         return self._annotations[self._row[image_id]]
 
     def objects(self, image_id) -> list[dict]:
-        """The annotations of an image that are single objects, not crowds."""
+        """Return the annotations of single objects, without crowds."""
         return [annotation for annotation in self.annotations(image_id) if not annotation["iscrowd"]]
 
     def labels(self, image_id) -> list[int]:
+        """Return the label of each of `objects`."""
         return [self._label[annotation["category_id"]] for annotation in self.objects(image_id)]
 
 
-class Pool:
-    """Unlabelled images: those of a dataset, and all image files below some folders, except those that
-    `known` datasets hold. image_ids: 0, 1, 2, ..."""
+def _select_keys(annotations: list[dict]) -> list[dict]:
+    """Drop the keys that nothing here reads, such as "bbox", and fill in the optional ones."""
+    return [
+        {
+            "id": annotation["id"],
+            "image_id": annotation["image_id"],
+            "category_id": annotation["category_id"],
+            "segmentation": annotation["segmentation"],
+            "iscrowd": annotation.get("iscrowd", 0),
+            "area": annotation.get("area"),
+        }
+        for annotation in annotations
+    ]
 
-    def __init__(self, dataset: CocoDataset, folders=(), known=()):
+
+class UnlabeledImages:
+    """Images without labels: those of a dataset, and all image files below some folders.
+
+    Files that belong to a dataset of `exclude` do not count as files of the folders: validation images
+    must not enter training under another name. image_ids: 0, 1, 2, ... Raises DataError for a folder
+    without images."""
+
+    def __init__(self, dataset: CocoDataset, folders=(), exclude=()):
         self.dataset = dataset
-        leave_out = {os.path.realpath(d.path(i)) for d in known if d for i in d.image_ids} if folders else ()
+        excluded = {os.path.realpath(d.path(i)) for d in exclude if d for i in d.image_ids} if folders else ()
         paths = {}
         for folder in folders:
             if not Path(folder).is_dir():
-                raise DataError(f"no folder {str(folder)!r} of unlabelled images")
-            found = [path for path in image_files(folder) if path not in leave_out]
-            if not found:
-                raise DataError(f"no further image below {str(folder)!r}")
-            paths |= dict.fromkeys(found)
-        self._paths = Packed(paths)
+                raise DataError(f"cannot read unlabeled images: no folder {str(folder)!r}")
+            new = [path for path in list_image_files(folder) if path not in excluded]
+            if not new:
+                raise DataError(f"cannot read unlabeled images: no further image below {str(folder)!r}")
+            paths |= dict.fromkeys(new)
+        self._paths = SerializedList(paths)
         self.image_ids = range(len(dataset) + len(self._paths))
 
     def image(self, image_id) -> Image.Image:
         return read_image(self.path(image_id), self.size(image_id))
 
     def path(self, image_id):
-        number = image_id - len(self.dataset)
-        return self._paths[number] if number >= 0 else self.dataset.path(self.dataset.image_ids[image_id])
+        index = image_id - len(self.dataset)
+        return self._paths[index] if index >= 0 else self.dataset.path(self.dataset.image_ids[image_id])
 
     def size(self, image_id) -> tuple[int, int] | None:
+        """Return (H, W) as the annotations have it, None for a file of a folder."""
         in_dataset = image_id < len(self.dataset)
         return self.dataset.size(self.dataset.image_ids[image_id]) if in_dataset else None
 
 
-class Packed:
-    """A list that never changes, pickled into two arrays. Of a million Python objects every loader process
-    would in time make its own copy, because counting references writes to their pages; of arrays it does not.
-    """
+class SerializedList:
+    """An immutable list that is stored in two arrays.
+
+    It avoids copy-on-write growth in loader processes. There, counting references to Python objects would
+    touch, and so copy, every page of an ordinary list."""
 
     def __init__(self, items):
         parts = [pickle.dumps(item, pickle.HIGHEST_PROTOCOL) for item in items]
@@ -163,17 +190,14 @@ class Packed:
         return pickle.loads(self.bytes[start : self.ends[index]].tobytes())
 
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".jp2")
-
-
-def image_files(folder) -> list[str]:
-    """The real paths of all image files below a folder, in order; links are followed."""
-    paths, seen, folders = set(), set(), [os.path.realpath(folder)]
+def list_image_files(folder) -> list[str]:
+    """Return the sorted real paths of all image files below a folder. Links are followed."""
+    paths, visited, folders = set(), set(), [os.path.realpath(folder)]
     while folders:
         parent = folders.pop()
-        if parent in seen:
+        if parent in visited:  # a link may lead back to a parent folder
             continue
-        seen.add(parent)
+        visited.add(parent)
         with os.scandir(parent) as entries:
             for entry in entries:
                 path = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
@@ -185,183 +209,47 @@ def image_files(folder) -> list[str]:
 
 
 def read_image(path, size: tuple[int, int] | None = None) -> Image.Image:
-    """An image file of any mode as RGB.
+    """Read an image file of any mode as RGB.
 
-    16-bit values are scaled to 8 bits; transparency is left out. An EXIF orientation is applied, as tools for
-    annotation do, unless only the stored pixels have the `size` (H, W) of the annotations (a TIFF's always:
-    Pillow turns it as it loads). Raises DataError for a file that cannot be read, has another size, or
+    16-bit values are scaled to 8 bits, and transparency is dropped. The EXIF orientation is applied, as
+    annotation tools do, unless only the stored pixels have the `size` (H, W) of the annotations. Pillow
+    always applies that of a TIFF. Raises DataError for a file that cannot be read, has another size, or has
     floating-point pixels."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             image.load()
-            turned = ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
-            if size in (None, (turned.height, turned.width)):
-                image = turned
+            has_orientation = image.getexif().get(EXIF_ORIENTATION, 1) != 1
+            rotated = ImageOps.exif_transpose(image) if has_orientation else image
+            if size in (None, (rotated.height, rotated.width)):
+                image = rotated
             elif size != (image.height, image.width):
-                found = f"{turned.height} x {turned.width}"
-                raise DataError(
-                    f"image {str(path)!r} is {found}, its annotations are for {size[0]} x {size[1]}"
-                )
+                found, expected = f"{rotated.height} x {rotated.width}", f"{size[0]} x {size[1]}"
+                problem = f"it is {found}, its annotations are for {expected} (height x width)"
+                raise DataError(f"cannot use image {str(path)!r}: {problem}")
             if image.mode.startswith("I"):  # 16 bits
                 values = np.asarray(image).astype(np.float32) / 257
                 image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
             elif image.mode == "F":
-                raise DataError(f"image {str(path)!r} has floating-point pixels")
+                raise DataError(f"cannot use image {str(path)!r}: it has floating-point pixels")
             return image.convert("RGB")
     except FileNotFoundError:
-        raise DataError(f"image {str(path)!r} is gone") from None
+        raise DataError(f"cannot read image {str(path)!r}: no such file") from None
     except DataError:
         raise
-    except Exception as error:  # Pillow raises many kinds for a damaged file
-        raise DataError(f"image {str(path)!r} cannot be read: {error or type(error).__name__}") from None
+    except Exception as error:  # Pillow raises many kinds of exceptions for damaged files.
+        raise DataError(f"cannot read image {str(path)!r}: {error or type(error).__name__}") from None
 
 
-# -------------------------------------------------------------------------------------------------- checking
-
-
-def read_coco(json_file, image_folder) -> tuple[dict, dict, list[dict], list[str], list[str]]:
-    """The categories and images of a COCO JSON file by their ids, its annotations, what is wrong with it, and
-    what of it is left out because it has no mask. What is returned can be trusted: pycocotools' C code checks
-    nothing. Raises DataError for a file that is not of this form at all."""
-    try:
-        if not Path(json_file).is_file():  # nor a device without end
-            raise FileNotFoundError
-        content = json.loads(Path(json_file).read_text(encoding="utf-8"))
-        lists = [content[name] for name in ("categories", "images", "annotations")]
-        if not all(isinstance(entries, list) for entries in lists):
-            raise TypeError("categories, images and annotations are lists")
-    except FileNotFoundError:
-        raise DataError(f"no annotation file {str(json_file)!r}") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
-        raise DataError(f"{json_file} is not a COCO instances file: {error!r}"[:500]) from None
-    errors, dropped, names = [], [], set()
-
-    def passed(entries, kind, check):
-        """The entries that pass the check, by id; None for one that is left out."""
-        result = {}
-        for entry in entries:
-            name = f"{kind} {entry.get('id')!r}" if isinstance(entry, dict) else f"{kind} {entry!r}"
-            try:
-                if not isinstance(entry, dict) or type(entry.get("id")) is not int:
-                    raise DataError("its id is no whole number")
-                if entry["id"] in result:
-                    raise DataError("another one has the same id")
-                result[entry["id"]] = None
-                result[entry["id"]] = check(entry)
-            except DataError as error:
-                errors.append(f"{name[:80]}: {error}")
-        return result
-
-    def check_category(entry):
-        name = entry.get("name")
-        if not isinstance(name, str):
-            raise DataError(f"its name is {name!r}"[:200])
-        if name in names:
-            raise DataError(f"another one has the name {name!r} too"[:200])
-        names.add(name)
-        return entry
-
-    def check_annotation(entry):
-        for key, known in (("image_id", images), ("category_id", categories)):
-            if type(entry.get(key)) is not int or entry[key] not in known:
-                raise DataError(f"its {key} {entry.get(key)!r} is not in the file"[:200])
-        image, category = images[entry["image_id"]], categories[entry["category_id"]]
-        if not image or not category:  # it has been said already what is wrong with them
-            return None
-        area = entry.get("area")
-        usable = {"id": entry["id"], "image_id": entry["image_id"], "category_id": entry["category_id"]}
-        usable["iscrowd"] = entry.get("iscrowd") or 0
-        if usable["iscrowd"] not in (0, 1):
-            raise DataError(f"its iscrowd is {usable['iscrowd']!r}, not 0 or 1"[:200])
-        usable["area"] = float(area) if isinstance(area, (int, float)) and 0 < area < MAX_PIXELS else None
-        try:
-            mask = usable_mask(entry.get("segmentation"), image["height"], image["width"])
-        except DataError as error:
-            raise DataError(f"(image {entry['image_id']}) {error}") from None
-        if mask is None:
-            dropped.append(f"annotation {entry['id']} (image {entry['image_id']}) has no mask")
-            return None
-        return {**usable, "segmentation": mask}
-
-    categories = passed(lists[0], "category", check_category)
-    images = passed(lists[1], "image", image_check(image_folder))
-    annotations = passed(lists[2], "annotation", check_annotation)
-    categories, images = ({i: e for i, e in entries.items() if e} for entries in (categories, images))
-    return categories, images, [entry for entry in annotations.values() if entry], errors, dropped
-
-
-def image_check(folder):
-    """A function that takes an image's entry and returns it, or raises DataError: its size must make sense,
-    and its file must lie in the folder, not only be linked from there."""
-    root = os.path.realpath(folder)
-    within = {}  # for each folder in it: whether it is no link that leads out
-
-    def is_within(path):
-        real = os.path.realpath(path)
-        return real == root or real.startswith(os.path.join(root, ""))
-
-    def check(entry):
-        name, size = entry.get("file_name"), (entry.get("height"), entry.get("width"))
-        if not all(type(side) is int and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
-            raise DataError(f"height and width {size!r} are no size of an image"[:200])
-        if not isinstance(name, str) or not name or "\0" in name:
-            raise DataError(f"its file_name is {name!r}"[:200])
-        path = os.path.join(root, name)
-        parent = os.path.dirname(path)
-        if parent not in within:
-            within[parent] = is_within(parent)
-        try:
-            link = stat.S_ISLNK(os.lstat(path).st_mode)
-            if not within[parent] or (link and not is_within(path)):
-                raise DataError(f"its file {name!r} leads out of {folder}")
-            found = stat.S_ISREG(os.stat(path).st_mode)
-        except (OSError, UnicodeError):  # the latter for a name that no file system can hold
-            found = False
-        if not found:
-            raise DataError(f"its file {ascii(name)} is not in {folder}"[:500])
-        return {key: entry[key] for key in ("height", "width", "file_name")}
-
-    return check
-
-
-def usable_mask(segmentation, H: int, W: int):
-    """A segmentation whose every number makes sense in an image (H, W), without those of its polygons that
-    `is_polygon` refuses; None if no mask is left. Raises DataError for what is no segmentation of this image.
-    """
-    if isinstance(segmentation, list):
-        return [polygon for polygon in segmentation if is_polygon(polygon, max(H, W))] or None
-    if not isinstance(segmentation, dict):
-        raise DataError("its segmentation is neither polygons nor an RLE")
-    size, counts = segmentation.get("size"), segmentation.get("counts")
-    if size != [H, W]:
-        raise DataError(f"its RLE is of (height, width) {size!r}, the image of {[H, W]}"[:200])
-    if isinstance(counts, str):
-        counts = rle_runs(counts).tolist()
-    elif not isinstance(counts, list) or not all(type(run) is int and run >= 0 for run in counts):
-        raise DataError("its RLE has no counts")
-    if sum(counts) != H * W:
-        raise DataError(f"the runs of its RLE sum to {sum(counts)}, the image has {H * W} pixels"[:200])
-    return {"size": size, "counts": segmentation["counts"]} if any(counts[1::2]) else None
-
-
-def is_polygon(polygon, reach: int) -> bool:
-    """Whether it is a list x, y, x, y, ... of three corners or more, none further than `reach` outside, whose
-    outline is not absurdly long: pycocotools takes memory for every pixel of it."""
-    try:
-        enough = isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0
-        near = enough and math.isfinite(sum(polygon)) and -reach <= min(polygon) and max(polygon) <= 2 * reach
-        if near and len(polygon) > 600:
-            return np.abs(np.diff(np.reshape(polygon, (-1, 2)), axis=0)).sum() <= 2000 * reach
-        return near
-    except (TypeError, OverflowError):
-        return False
+# ----------------------------------------------------------------------------------------------------- masks
 
 
 def rle_runs(counts: str) -> np.ndarray:
-    """The lengths of the runs of 0 and 1 in turn of a compressed RLE. COCO's format: a character is 48 plus a
-    number of 6 bits, of which 5 belong to the run, lowest first, and the sixth says that more follow; from
-    the fourth run on it is the difference to the last but one. Raises DataError for characters that are
-    none."""
+    """Decode a compressed RLE into the lengths of its runs of 0 and 1 in turn. Raises DataError for invalid
+    text.
+
+    COCO's format (maskApi.c, rleFrString): a character is 48 plus a number of 6 bits. Five bits belong to
+    the run, lowest first, and the sixth means that more follow. From the fourth run on, the number is the
+    difference to the run before the last one."""
     digits = np.frombuffer(counts.encode("ascii", "ignore"), dtype=np.uint8).astype(np.int64) - 48
     if not counts.isascii() or not len(digits) or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
         raise DataError("the counts of its RLE are damaged")
@@ -379,8 +267,8 @@ def rle_runs(counts: str) -> np.ndarray:
     return runs
 
 
-def to_rle(segmentation, height: int, width: int) -> dict:
-    """A polygon list, an uncompressed or a compressed RLE -> compressed RLE of (height, width)."""
+def encode_rle(segmentation, height: int, width: int) -> dict:
+    """Convert a list of polygons, or an RLE of either form, to a compressed RLE of size (height, width)."""
     if isinstance(segmentation, list):
         polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
         return rle_tools.merge(rle_tools.frPyObjects(polygons or [[0.0] * 6], height, width))
@@ -389,138 +277,125 @@ def to_rle(segmentation, height: int, width: int) -> dict:
     return segmentation
 
 
-# --------------------------------------------------------------------------------------------- which images
+# --------------------------------------------------------------------------------------------- labeled split
 
 
-def find_data(data: str, root=None, *, train_json="", val_json="", images="") -> list[tuple]:
-    """The arguments of `CocoDataset` for the training and the validation set of `data`: "shapes", "coco",
-    "cityscapes", or the path of a folder with instances_train.json, instances_val.json and images/, of which
-    the last three arguments replace one. Empty for the validation set of a folder without its file. root:
-    where COCO or Cityscapes lies, or where shapes is written (default: datasets/). Raises DataError."""
-    folder = Path(data)
-    if (train_json or val_json or images) and data in ("shapes", "coco", "cityscapes"):
-        raise DataError(
-            f"--train-json, --val-json and --image-folder go with a folder as --data, not with {data!r}"
-        )
-    if data == "coco":
-        root = Path(root or "datasets/coco")
-        return [(root / f"annotations/instances_{p}2017.json", root / f"{p}2017") for p in ("train", "val")]
-    if data == "cityscapes":
-        from cityscapes import convert
+def labeled_split(image_ids, ratio: float, seed: int) -> list:
+    """Draw the labeled fraction `ratio` in (0, 1] of a training set, at least one image.
 
-        root = Path(root or "datasets/cityscapes")
-        return [(json_file, root / "leftImg8bit") for json_file in convert(root)]
-    if data == "shapes":
-        from shapes import write_shapes
-
-        folder = Path(root or "datasets") / "shapes"
-        if not folder.exists():
-            write_shapes(folder)
-    elif root:
-        raise DataError(f"--root goes with shapes, coco or cityscapes as --data, not with {data!r}")
-    elif not folder.is_dir() and not (train_json and images):
-        raise DataError(f"--data {data!r} is neither shapes, coco, cityscapes nor a folder that exists")
-    images = images or folder / "images"
-    validation = val_json or folder / "instances_val.json"
-    has_validation = val_json or validation.exists()
-    return [
-        (train_json or folder / "instances_train.json", images),
-        (validation, images) if has_validation else (),
-    ]
-
-
-def load_data(data: str, root=None, **files) -> tuple:
-    """The training and the validation set that `find_data` finds; the latter may be None."""
-    return tuple(CocoDataset(*found) if found else None for found in find_data(data, root, **files))
-
-
-def labelled_split(image_ids, ratio: float, seed: int) -> list:
-    """The labelled share of a training set, a function of (seed, ratio, image ids) alone and nested: the
-    images of 1 % are among those of 2 %."""
+    The result depends on (seed, ratio, image ids) alone, and splits are nested: the images of 1 % are among
+    those of 2 %. Raises ValueError for a ratio outside (0, 1]."""
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio {ratio} must be in (0, 1]: 0.05 is 5 %")
-    order = sorted(image_ids, key=lambda image_id: seed_of(seed, "split", image_id))
+    order = sorted(image_ids, key=lambda image_id: stable_seed(seed, "split", image_id))
     return sorted(order[: max(1, round(ratio * len(order)))])
 
 
-def listed_split(file, dataset: CocoDataset) -> list:
-    """The images of a data set that a file lists, a line each: the file name or its last part, with or
-    without its ending (the names of Cityscapes' *_gtFine_instanceIds.png also mean their images), or the id.
-    What fits exactly comes first. Raises DataError for a line that names no image, or several."""
+def split_from_file(file, dataset: CocoDataset) -> list:
+    """Read the labeled images from a text file with one image per line. Returns sorted image ids.
+
+    A line is the file name or its last part, with or without its suffix, or the image id. The names of
+    Cityscapes' *_gtFine_instanceIds.png also select their images. An exact match wins over the others.
+
+    Raises DataError for a file that cannot be read, and for a line that matches no image, or several."""
 
     def stem(name):
         return re.sub(r"(_leftImg8bit|_gtFine_\w+)?\.\w+$", "", name)
 
-    forms = [{}, {}, {}, {}, {}]
+    tables = [{}, {}, {}, {}, {}]  # from the strictest kind of match to the loosest
     for image_id in dataset.image_ids:
         name = dataset.file_name(image_id)
         last = Path(name).name
-        for form, key in zip(forms, (name, last, stem(name), stem(last), str(image_id))):
-            form.setdefault(key, []).append(image_id)
+        for table, key in zip(tables, (name, last, stem(name), stem(last), str(image_id))):
+            table.setdefault(key, []).append(image_id)
     try:
         lines = Path(file).read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
-        raise DataError(f"the split {str(file)!r} cannot be read: {error}") from None
+        raise DataError(f"cannot read the labeled list {str(file)!r}: {error}") from None
     split = set()
     for number, line in enumerate(lines, start=1):
         line = line.strip()
+        if not line:
+            continue
         keys = line, stem(line), stem(Path(line).name)
-        found = next((form[key] for key in keys for form in forms if key in form), [])
-        if line and len(found) != 1:
-            raise DataError(f"{file}, line {number}: {line!r} names {len(found)} images, not one"[:500])
-        split.update(found if line else [])
+        matches = next((table[key] for key in keys for table in tables if key in table), [])
+        if len(matches) != 1:
+            raise DataError(f"{file}, line {number}: {line!r} matches {len(matches)} images, not one"[:500])
+        split.update(matches)
     if not split:
-        raise DataError(f"{file} lists no image")
+        raise DataError(f"the labeled list {str(file)!r} is empty; write one image per line")
     return sorted(split)
 
 
 def split_hash(image_ids) -> str:
-    """Eight letters that tell two splits apart."""
+    """Return eight hexadecimal digits that identify a set of images."""
     return hashlib.sha256(repr(sorted(image_ids)).encode()).hexdigest()[:8]
+
+
+def repeat_factors(dataset: CocoDataset, image_ids, threshold: float) -> list[float]:
+    """Compute how often to show each image, so that rare classes count for more.
+
+    Repeat-factor sampling (LVIS, Gupta et al., CVPR 2019, arXiv 1908.03195, section 4): the factor of an
+    image is the largest max(1, sqrt(threshold / fraction of images with the class)) of its classes, and 1
+    without any.
+
+    LVIS has a threshold of 0.001, which repeats only rare classes. The threshold of Guided Distillation,
+    10, is above every fraction. So the square root applies to all classes, and images without objects are
+    shown least."""
+    classes = [set(dataset.labels(image_id)) for image_id in image_ids]
+    counts = np.bincount([label for labels in classes for label in labels], minlength=1)
+    factors = np.sqrt(threshold * len(image_ids) / np.maximum(counts, 1)).clip(min=1)
+    return [max((factors[label] for label in labels), default=1.0) for labels in classes]
 
 
 # ----------------------------------------------------------------------------------------------------- views
 
 
 @dataclass(frozen=True)
-class View:
-    """How a training crop is taken: large-scale jitter (Ghiasi et al., CVPR 2021, arXiv 2012.07177), or a
-    shortest side, then crop and flip.
+class Augmentation:
+    """The distribution of training crops: resize at random, crop, flip.
 
-    crop: (H, W) of the result, multiples of 32. scale: the image is first resized to fit the crop times a
-    factor drawn from this range. short_side: instead, it is resized so that its shorter side is one of
-    these lengths. flip: mirror half of the images.
-    colour: a photometric jitter of the weak view after SSD (arXiv 1512.02325, section 2.2), with brightness
-    as a factor. blur: sigmas of the strong view, in pixels."""
+    Args:
+        crop: (H, W) of the result, multiples of 32.
+        lsj_scale: the image is resized to fit the crop, times a factor from this range: large-scale jitter
+            (Ghiasi et al., CVPR 2021, arXiv 2012.07177).
+        short_sides: if given, the image is resized instead so that its shorter side has one of these lengths.
+        flip: mirror half of the images.
+        color_jitter: change the colors of the weak view too (SSD, arXiv 1512.02325, section 2.2), with
+            brightness as a factor.
+        blur: range of the sigma of the strong view's blur, in pixels of the crop."""
 
     crop: tuple[int, int]
-    scale: tuple[float, float] = (0.1, 2.0)
-    short_side: tuple[int, ...] = ()
+    lsj_scale: tuple[float, float] = (0.1, 2.0)
+    short_sides: tuple[int, ...] = ()
     flip: bool = True
-    colour: bool = False
+    color_jitter: bool = False
     blur: tuple[float, float] = (0.1, 2.0)
 
     def __post_init__(self):
         if len(self.crop) != 2 or any(side % 32 or side < 32 for side in self.crop):
-            raise ValueError(f"a crop is height and width, multiples of 32, found {self.crop}")
-        for name, pair in (("scale", self.scale), ("blur", self.blur)):
+            raise ValueError(f"crop must be a height and a width that are multiples of 32, found {self.crop}")
+        for name, pair in (("lsj_scale", self.lsj_scale), ("blur", self.blur)):
             if len(pair) != 2 or not 0 < pair[0] <= pair[1]:
-                raise ValueError(f"{name} is a range of two numbers above 0, found {pair}")
-        if any(side < 1 for side in self.short_side):
-            raise ValueError(f"short_side has lengths in pixels, found {self.short_side}")
+                raise ValueError(f"{name} must be two positive numbers in ascending order, found {pair}")
+        if any(side < 1 for side in self.short_sides):
+            raise ValueError(f"short_sides must be lengths in pixels, at least 1, found {self.short_sides}")
 
-    def factors(self, H: int, W: int) -> tuple[float, float]:
-        """The range of what an image (H, W) is resized by."""
-        if self.short_side:
-            return min(self.short_side) / min(H, W), max(self.short_side) / min(H, W)
+    def scale_range(self, H: int, W: int) -> tuple[float, float]:
+        """Return the range of the factors by which an image (H, W) is resized."""
+        if self.short_sides:
+            return min(self.short_sides) / min(H, W), max(self.short_sides) / min(H, W)
         fit = min(self.crop[0] / H, self.crop[1] / W)
-        return self.scale[0] * fit, self.scale[1] * fit
+        return self.lsj_scale[0] * fit, self.lsj_scale[1] * fit
 
 
 @dataclass(frozen=True)
-class Geometry:
-    """One way to cut a crop: the image (H, W) is resized to `resized`, the window at (top, left) of size
-    `window` is cut out, mirrored if `flip`, and laid into the upper left corner of `crop`."""
+class CropTransform:
+    """One particular crop.
+
+    The image (H, W) is resized to `resized`. The window of size `window` at (top, left) is cut out,
+    mirrored if `flip`, and pasted into the upper left corner of a canvas of size `crop`. All sizes are
+    (height, width)."""
 
     resized: tuple[int, int]
     top: int
@@ -529,44 +404,53 @@ class Geometry:
     flip: bool
     crop: tuple[int, int]
 
-    @staticmethod
-    def draw(view: View, H: int, W: int, rng: np.random.Generator) -> "Geometry":
-        if view.short_side:
-            factor = rng.choice(view.short_side) / min(H, W)
+    @classmethod
+    def random(cls, augmentation: Augmentation, H: int, W: int, rng: np.random.Generator) -> "CropTransform":
+        """Draw a crop of an image (H, W)."""
+        crop = augmentation.crop
+        if augmentation.short_sides:
+            factor = rng.choice(augmentation.short_sides) / min(H, W)
         else:
-            factor = rng.uniform(*view.scale) * min(view.crop[0] / H, view.crop[1] / W)
+            factor = rng.uniform(*augmentation.lsj_scale) * min(crop[0] / H, crop[1] / W)
         resized = max(1, round(H * factor)), max(1, round(W * factor))
-        window = min(resized[0], view.crop[0]), min(resized[1], view.crop[1])
+        window = min(resized[0], crop[0]), min(resized[1], crop[1])
         top, left = (int(rng.integers(0, r - w + 1)) for r, w in zip(resized, window))
-        return Geometry(resized, top, left, window, view.flip and rng.random() < 0.5, view.crop)
+        return cls(resized, top, left, window, augmentation.flip and rng.random() < 0.5, crop)
 
     def region(self, image: Image.Image) -> tuple[Image.Image, tuple, float]:
-        """The part of an image that the window shows, made smaller here if it has to be; the box in it that
-        is the window (left, top, right, bottom, in its pixels); and its pixels per pixel of the crop, at most
-        1. Colour and blur cost least here, before `lay` enlarges it."""
+        """Cut out the part of an image that the window shows, and shrink it if the crop is smaller.
+
+        Color changes and blur are cheapest on this region, before `paste` enlarges it.
+
+        Returns the region, the window as a box (left, top, right, bottom) in pixels of the region, and the
+        number of region pixels per crop pixel, at most 1."""
         y, x = image.height / self.resized[0], image.width / self.resized[1]
         (h, w), top, left = self.window, self.top, self.left
         box = left * x, top * y, (left + w) * x, (top + h) * y
         if x >= 1:
             return image.resize((w, h), Image.Resampling.BILINEAR, box), (0, 0, w, h), 1.0
-        x0, y0 = max(0, int(box[0]) - 2), max(0, int(box[1]) - 2)  # what the box's edge is interpolated from
+        # A margin of two pixels: the pixels at the edge of the box are interpolated from it.
+        x0, y0 = max(0, int(box[0]) - 2), max(0, int(box[1]) - 2)
         part = image.crop((x0, y0, min(image.width, int(box[2]) + 3), min(image.height, int(box[3]) + 3)))
         return part, (box[0] - x0, box[1] - y0, box[2] - x0, box[3] - y0), x
 
-    def lay(self, region: Image.Image, box: tuple) -> Image.Image:
-        """The crop: the box of a region, at its size and place, on grey."""
+    def paste(self, region: Image.Image, box: tuple) -> Image.Image:
+        """Resize and mirror the box of a region, and paste it onto a gray canvas. Returns the crop."""
         window = region.resize(self.window[::-1], Image.Resampling.BILINEAR, box)
         window = window.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else window
         if self.window == self.crop:
             return window
-        canvas = Image.new("RGB", self.crop[::-1], (GREY,) * 3)
+        canvas = Image.new("RGB", self.crop[::-1], (PAD_VALUE,) * 3)
         canvas.paste(window)
         return canvas
 
-    def mask_part(self, segmentation, H: int, W: int) -> tuple[np.ndarray, int, int]:
-        """A part of the mask in the crop with all of it that is in the window, and its top and left."""
+    def crop_mask(self, segmentation, H: int, W: int) -> tuple[np.ndarray, int, int]:
+        """Transform the mask of an object like its image (H, W).
+
+        Returns (part, top, left): a bool array with all of the mask that the window shows, and its place in
+        the crop."""
         h, w = self.window
-        if isinstance(segmentation, list):  # move the corners, then rasterise once, and no more than needed
+        if isinstance(segmentation, list):  # Move the corners first, then rasterize the visible part only.
             polygons = [np.asarray(polygon, dtype=np.float64).reshape(-1, 2) for polygon in segmentation]
             scale, start = (self.resized[1] / W, self.resized[0] / H), (self.left, self.top)
             polygons = [polygon * scale - start for polygon in polygons]
@@ -578,8 +462,8 @@ class Geometry:
             if right <= left or bottom <= top:
                 return np.zeros((0, 0), dtype=bool), 0, 0
             polygons = [(polygon - (left, top)).flatten().tolist() for polygon in polygons]
-            return rle_tools.decode(to_rle(polygons, bottom - top, right - left)).view(bool), top, left
-        # The nearest pixel of each; only the columns of the window are decoded.
+            return rle_tools.decode(encode_rle(polygons, bottom - top, right - left)).view(bool), top, left
+        # Nearest-neighbor sampling. Only the columns of the window are decoded.
         rows = ((self.top + np.arange(h) + 0.5) * (H / self.resized[0])).astype(int)
         columns = ((self.left + np.arange(w) + 0.5) * (W / self.resized[1])).astype(int)
         counts = segmentation["counts"]
@@ -592,11 +476,12 @@ class Geometry:
 
 
 def strong_view(image: Image.Image, rng: np.random.Generator, blur=(0.1, 2.0)) -> Image.Image:
-    """Colour jitter, grey, blur: nothing that moves a pixel, so that masks of the weak view fit. As in
-    SimCLR (arXiv 2002.05709, appendix A) with the strengths of the paper: (.4, .4, .4, .1) with p .8, grey
-    with p .2, blur with p .5."""
+    """Change the colors of an image, make it gray, blur it, each with its own probability.
+
+    Nothing moves a pixel, so the masks of the weak view fit the strong view. The augmentation is SimCLR's
+    (arXiv 2002.05709, appendix A) with the strengths of Guided Distillation."""
     if rng.random() < 0.8:
-        image = colour_jitter(image, rng, 0.4, 0.4, 0.4, 0.1)
+        image = color_jitter(image, rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
     if rng.random() < 0.2:
         image = image.convert("L").convert("RGB")
     if rng.random() < 0.5:
@@ -604,9 +489,9 @@ def strong_view(image: Image.Image, rng: np.random.Generator, blur=(0.1, 2.0)) -
     return image
 
 
-def colour_jitter(image, rng, brightness, contrast, saturation, hue, probability=1.0):
-    """Factors of 1 +- the given strengths and a turn of the hue by +- its strength, each with the given
-    probability, in random order."""
+def color_jitter(image, rng, brightness, contrast, saturation, hue, probability=1.0):
+    """Multiply brightness, contrast and saturation by factors within 1 +- strength, and rotate the hue by
+    up to `hue` turns. Each change is applied with the given probability, in random order."""
     changes = [
         (TF.adjust_brightness, 1 + rng.uniform(-brightness, brightness)),
         (TF.adjust_contrast, 1 + rng.uniform(-contrast, contrast)),
@@ -620,35 +505,44 @@ def colour_jitter(image, rng, brightness, contrast, saturation, hue, probability
     return image
 
 
-class Views(Dataset):
-    """Training views of a dataset. Asked for (image_id, seed) it gives {"image": (3, H, W) uint8} and
+class AugmentedDataset(Dataset):
+    """Training views of a dataset. The item of the key (image_id, seed) is a dictionary:
 
-    - if `strong`: "strong" (3, H, W) uint8, the strong view of the same crop;
-    - if `labels`: "labels" (N,) int64 and "masks" (N, H, W) bool, of the objects visible in the crop.
-    """
+    - "image": (3, H, W) uint8, the weak view, and "file", the path of the image;
+    - with `strong` also "strong": (3, H, W) uint8, the strong view of the same crop;
+    - with `labels` also "labels": (N,) int64 and "masks": (N, H, W) bool, of the objects that the crop
+      shows."""
 
-    def __init__(self, dataset: CocoDataset | Pool, view: View, *, labels: bool = True, strong: bool = False):
-        self.dataset, self.view, self.with_labels, self.with_strong = dataset, view, labels, strong
+    def __init__(
+        self,
+        dataset: CocoDataset | UnlabeledImages,
+        augmentation: Augmentation,
+        *,
+        labels: bool = True,
+        strong: bool = False,
+    ):
+        self.dataset, self.augmentation = dataset, augmentation
+        self.with_labels, self.with_strong = labels, strong
 
     def __getitem__(self, key) -> dict:
         image_id, seed = key
         rng = np.random.default_rng(seed)
         image = self.dataset.image(image_id)
         H, W = image.height, image.width
-        geometry = Geometry.draw(self.view, H, W, rng)
-        region, box, scale = geometry.region(image)
-        if self.view.colour:
-            # The recipe's 32 and 18 are of OpenCV's 8 bits, where brightness ends at 255 and hue at 180.
-            region = colour_jitter(region, rng, 32 / 255, 0.5, 0.5, 18 / 180, probability=0.5)
-        item = {"image": to_tensor(geometry.lay(region, box))}
+        transform = CropTransform.random(self.augmentation, H, W, rng)
+        region, box, scale = transform.region(image)
+        if self.augmentation.color_jitter:
+            # SSD's 32 and 18 are for OpenCV's 8 bits, where brightness ends at 255 and hue at 180.
+            region = color_jitter(region, rng, 32 / 255, 0.5, 0.5, 18 / 180, probability=0.5)
+        item = {"image": to_tensor(transform.paste(region, box)), "file": str(self.dataset.path(image_id))}
         if self.with_strong:
-            blur = [scale * sigma for sigma in self.view.blur]
-            item["strong"] = to_tensor(geometry.lay(strong_view(region, rng, blur), box))
+            blur = [scale * sigma for sigma in self.augmentation.blur]
+            item["strong"] = to_tensor(transform.paste(strong_view(region, rng, blur), box))
         if self.with_labels:
             objects = zip(self.dataset.labels(image_id), self.dataset.objects(image_id))
-            parts = [(label, *geometry.mask_part(o["segmentation"], H, W)) for label, o in objects]
+            parts = [(label, *transform.crop_mask(o["segmentation"], H, W)) for label, o in objects]
             parts = [part for part in parts if part[1].any()]
-            masks = np.zeros((len(parts), *self.view.crop), dtype=bool)
+            masks = np.zeros((len(parts), *self.augmentation.crop), dtype=bool)
             for mask, (_, part, top, left) in zip(masks, parts):
                 mask[top : top + part.shape[0], left : left + part.shape[1]] = part
             item["labels"] = torch.tensor([label for label, *_ in parts], dtype=torch.int64)
@@ -657,128 +551,171 @@ class Views(Dataset):
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """(3, H, W) uint8"""
+    """Convert an RGB image to a tensor (3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-# --------------------------------------------------------------------------------------------------- streams
+def shortest_edge_size(H: int, W: int, short_side: int = 800, long_side: int = 1333) -> tuple[int, int]:
+    """Return the size (H, W) of an image at test time.
+
+    The shorter side becomes `short_side`, unless the longer one would then exceed `long_side` (0: no
+    limit). A short_side of 0 keeps the size."""
+    if not short_side:
+        return H, W
+    factor = min(short_side / min(H, W), (long_side or math.inf) / max(H, W))
+    return max(1, round(H * factor)), max(1, round(W * factor))
 
 
-def stream(
+# --------------------------------------------------------------------------------------------------- batches
+
+
+def endless_batches(
     views: Dataset,
     image_ids,
-    batch: int,
+    batch_size: int,
     seed: int,
     *,
-    rank=0,
-    world_size=1,
-    workers=0,
-    timeout=0,
-    first_step=0,
-    pin_memory=False,
-    **sampling,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    timeout: float = 0,
+    first_step: int = 0,
+    pin_memory: bool = False,
+    repeats=None,
 ):
-    """An endless iterator over batches, each a list of `batch` items of `views`, which have the path of their
-    image besides, as "file". With several processes each takes its own part of a common batch. first_step:
-    where to go on. pin_memory: for copies to a GPU. sampling: arguments of `StepSampler`.
+    """Yield batches of an AugmentedDataset without end, as `collate` returns them.
 
-    A damaged image gives way to another one and is named on standard error; DataError ends the stream when
-    they are more than one and more than 1 % of all. The DataLoader raises RuntimeError when a worker dies, or
-    gives nothing for `timeout` seconds (0: it waits for ever)."""
-    sampler = StepSampler(image_ids, batch, seed, rank, world_size, first_step, **sampling)
+    A damaged image is replaced by another one, with a warning on standard error.
+
+    Args:
+        views: an AugmentedDataset, or any dataset with its keys and items.
+        image_ids: the images to draw from, ids of the dataset of `views`.
+        seed: determines the order of the images and the seed of each view.
+        batch_size, rank, world_size: each rank gets its own batch_size images of the global batch.
+        timeout: seconds after which a loader process counts as stuck, 0: never.
+        first_step: the number of batches to skip, to resume a run.
+        repeats: how often to show each image, relative to the others; see `repeat_factors`.
+
+    Raises DataError when more than one image and more than 1 % of all images are damaged, and RuntimeError
+    (from DataLoader) when a loader process dies or is stuck."""
     loader = DataLoader(
-        Replacing(views, image_ids),
-        batch_sampler=sampler,
-        num_workers=workers,
-        timeout=timeout if workers else 0,
-        collate_fn=list,
+        SkipDamaged(views, image_ids),
+        batch_sampler=ResumableSampler(image_ids, batch_size, seed, rank, world_size, first_step, repeats),
+        num_workers=num_workers,
+        timeout=timeout if num_workers else 0,
+        collate_fn=_collate_undamaged,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # or it would draw from the global one
-        worker_init_fn=_leave_signals_to_the_main_process,
+        generator=torch.Generator(),  # By default DataLoader draws from the global generator.
+        worker_init_fn=_ignore_signals,
     )
-    others = multiprocessing.active_children()
+    other_processes = multiprocessing.active_children()
     batches = iter(loader)
-    workers = [child for child in multiprocessing.active_children() if child not in others]
-    atexit.register(_end, workers)
-    return _watched(batches, workers, len(image_ids))
+    workers = [child for child in multiprocessing.active_children() if child not in other_processes]
+    atexit.register(_kill, workers)
+    return _report_damaged(batches, workers, len(image_ids))
 
 
-def _watched(batches, workers, number: int):
+def collate(items: list[dict]) -> dict:
+    """Collate B items of an AugmentedDataset.
+
+    Returns {"image": (B, 3, H, W) uint8, "file": [str] * B}. Strong views add "strong": (B, 3, H, W) uint8.
+    Labels add "targets": [{"labels": (N,) int64, "masks": (N, H, W) bool}] * B."""
+    batch = {
+        "image": torch.stack([item["image"] for item in items]),
+        "file": [item["file"] for item in items],
+    }
+    if "strong" in items[0]:
+        batch["strong"] = torch.stack([item["strong"] for item in items])
+    if "labels" in items[0]:
+        batch["targets"] = [{"labels": item["labels"], "masks": item["masks"]} for item in items]
+    return batch
+
+
+def _collate_undamaged(items: list[dict]) -> tuple[dict | None, list[str]]:
+    """Return the batch, or None if an image found no replacement, and the messages about damaged images."""
+    damaged = [message for item in items for message in item.pop("damaged")]
+    return collate(items) if all(items) else None, damaged
+
+
+def _report_damaged(batches, workers, num_images: int):
+    """Yield the batches, warn once about each damaged image, and stop when they are too many."""
     damaged = set()
     while True:
         try:
-            batch = next(batches)
-        except RuntimeError:  # one of them died or is stuck
-            _end(workers)
+            batch, messages = next(batches)
+        except RuntimeError:  # A loader process died or is stuck.
+            _kill(workers)
             raise
-        new = {message for item in batch for message in item.pop("damaged")} - damaged
-        damaged |= new
-        for message in sorted(new):
+        for message in sorted(set(messages) - damaged):
             print(f"warning: {message}; another image takes its place", file=sys.stderr, flush=True)
-        if len(damaged) > max(1, number / 100) or not all(batch):
-            raise DataError(f"{len(damaged)} of {number} images cannot be used, such as: {min(damaged)}")
+        damaged.update(messages)
+        if len(damaged) > max(1, num_images / 100) or batch is None:
+            raise DataError(f"{len(damaged)} of {num_images} images cannot be used, such as: {min(damaged)}")
         yield batch
 
 
-class Replacing(Dataset):
-    """Views in which a damaged image gives way to another one of image_ids, drawn by its seed. Items have the
-    messages besides, as "damaged", and the path of the image, as "file"."""
+class SkipDamaged(Dataset):
+    """An AugmentedDataset in which another image of image_ids, drawn by the seed, replaces a damaged one.
 
-    def __init__(self, views: Views, image_ids):
+    Items have "damaged" as well, the list of messages. It is their only key when five images in a row are
+    damaged."""
+
+    def __init__(self, views: AugmentedDataset, image_ids):
         self.views, self.image_ids = views, image_ids
 
     def __getitem__(self, key) -> dict:
         (image_id, seed), damaged, tried = key, [], []
         for attempt in range(min(5, len(self.image_ids))):
             try:
-                file = str(self.views.dataset.path(image_id))
-                return {**self.views[image_id, seed], "file": file, "damaged": damaged}
+                return {**self.views[image_id, seed], "damaged": damaged}
             except DataError as error:
                 damaged.append(str(error))
                 tried.append(image_id)
-            place = seed_of(seed, "instead", attempt)
+            place = stable_seed(seed, "instead", attempt)
             while image_id in tried and len(tried) < len(self.image_ids):
                 place = (place + 1) % len(self.image_ids)
                 image_id = self.image_ids[place]
         return {"damaged": damaged}
 
 
-def _leave_signals_to_the_main_process(_) -> None:
-    """When all processes of a job are told to stop, it may want to end its step first, and to save."""
+def _ignore_signals(_) -> None:
+    """Leave signals to the main process. A scheduler sends them to all processes of a job, but the main
+    process still needs its loaders to finish the step and save."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _end(workers) -> None:
-    """Kills the loader processes: DataLoader would send them a SIGTERM, which they ignore, and wait for
-    ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where DataLoader looks for workers that died
+def _kill(workers) -> None:
+    """Kill the loader processes. DataLoader would send SIGTERM, which they ignore, and wait forever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # DataLoader's handler would report the dead processes.
     for worker in workers:
         worker.kill()
 
 
-class StepSampler:
-    """Yields for step after step the (image_id, seed) of a batch, without end.
+class ResumableSampler:
+    """Yield the keys [(image_id, seed)] of one batch after another, without end.
 
-    The stream is one epoch after another, each a permutation of the images in which image i stands repeats[i]
-    times on average. Position p of the stream is a function of (seed, p), and step s of all processes
-    together takes the positions s * G to (s + 1) * G - 1, where G = batch * world_size; so two processes with
-    half the batch see what one process sees."""
+    The stream is a sequence of epochs. Each is a permutation of the images in which image i occurs
+    repeats[i] times on average. Position p of the stream is a function of (seed, p). Step s of all ranks
+    together takes the positions s * G to (s + 1) * G - 1, with G = batch_size * world_size. Therefore two
+    ranks with half the batch size see the same images as one rank, and a run can resume at any step. Raises
+    ValueError without images."""
 
-    def __init__(self, image_ids, batch, seed, rank=0, world_size=1, first_step=0, repeats=None):
+    def __init__(self, image_ids, batch_size, seed, rank=0, world_size=1, first_step=0, repeats=None):
         if not len(image_ids):
-            raise ValueError("no image to sample from")
+            raise ValueError("cannot sample: there are no images")
         self.image_ids = image_ids
-        self.batch, self.seed, self.rank, self.world_size = batch, seed, rank, world_size
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self.first_step = first_step
         repeats = np.ones(len(self.image_ids)) if repeats is None else np.asarray(repeats, dtype=float)
         self.epoch_length = max(1, round(repeats.sum()))
         self.bounds = np.cumsum(repeats) * (self.epoch_length / repeats.sum())
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Indices into image_ids: systematic sampling rounds every image's repeats up or down at random,
-        but their sum never changes."""
-        rng = np.random.default_rng(seed_of(self.seed, "epoch", epoch))
+        """Return the indices into image_ids of one epoch. Systematic sampling rounds the repeats of each
+        image up or down at random and keeps their sum."""
+        rng = np.random.default_rng(stable_seed(self.seed, "epoch", epoch))
+        # Below 1, so that floor never passes the epoch's length; the last image takes the rounding error.
         counts = np.diff(np.floor(self.bounds + rng.random() * (1 - 1e-6)), prepend=0).astype(int)
         counts[-1] += self.epoch_length - counts.sum()
         return rng.permutation(np.repeat(np.arange(len(self.image_ids)), counts))
@@ -787,37 +724,10 @@ class StepSampler:
         current, order = None, None
         for step in itertools.count(self.first_step):
             keys = []
-            for position in range(self.batch):
-                position += (step * self.world_size + self.rank) * self.batch
+            for position in range(self.batch_size):
+                position += (step * self.world_size + self.rank) * self.batch_size
                 epoch, place = divmod(position, self.epoch_length)
                 if epoch != current:
                     current, order = epoch, self.epoch(epoch)
-                keys.append((self.image_ids[order[place]], seed_of(self.seed, position)))
+                keys.append((self.image_ids[order[place]], stable_seed(self.seed, position)))
             yield keys
-
-
-def repeat_factors(dataset: CocoDataset, image_ids, threshold: float) -> list[float]:
-    """Repeat-factor sampling (LVIS, Gupta et al., CVPR 2019, arXiv 1908.03195, section 4): how often each
-    image should be seen so that rare classes count for more: the largest max(1, sqrt(threshold / share of
-    images with the class)) of its classes, and 1 without any. LVIS has a threshold of 0.001, so only rarer
-    classes come more often; the paper's 10 is above every share, so that between all classes it is the root
-    that counts, and images without objects come least."""
-    classes = [set(dataset.labels(image_id)) for image_id in image_ids]
-    counts = np.bincount([label for labels in classes for label in labels], minlength=1)
-    factors = np.sqrt(threshold * len(image_ids) / np.maximum(counts, 1)).clip(min=1)
-    return [max((factors[label] for label in labels), default=1.0) for labels in classes]
-
-
-def test_size(H: int, W: int, short_side: int = 800, long_side: int = 1333) -> tuple[int, int]:
-    """(H, W) of an image at test time: the shorter side becomes short_side unless the longer one would pass
-    long_side (0: no limit). A short_side of 0 keeps the size."""
-    if not short_side:
-        return H, W
-    factor = min(short_side / min(H, W), (long_side or math.inf) / max(H, W))
-    return max(1, round(H * factor)), max(1, round(W * factor))
-
-
-if __name__ == "__main__":
-    from tools.check import main
-
-    main()

@@ -1,4 +1,5 @@
-"""What several test files need: a tiny model, tiny datasets, and bilinear interpolation as plain formulas."""
+"""Fixtures of several test files: a tiny model, tiny datasets, and bilinear interpolation as plain
+formulas."""
 
 import json
 import math
@@ -10,16 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-import engine
 from data import CocoDataset
+from layouts.shapes import write_shapes
 from model import Mask2Former
-from shapes import write_shapes
+from training import signals
 
 torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    """Only tests marked gpu see one (make test-gpu): the others compare bits, which a GPU does not keep."""
+    """Hide GPUs from all tests but those marked gpu (make test-gpu): the others compare bits, and sums
+    on a GPU are not bit-exact."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -39,12 +41,13 @@ TINY = dict(
 )
 
 
-TABLE = {}  # rows of what was tried and held
+TABLE = {}  # the rows of the fixture tally
 
 
 @pytest.fixture
 def tally():
-    """tally(row, held, tried, *remarks) adds to the table that is shown after the tests."""
+    """Return tally(row, held, tried, *remarks): it asserts that all attempts held, and adds a row to
+    the table that is printed after the tests."""
 
     def tally(row, held, tried, *remarks):
         TABLE[row] = f"{held:,} of {tried:,}" + "".join(f", {remark}" for remark in remarks)
@@ -59,9 +62,9 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(autouse=True)
-def own_signals():
-    """Those of pytest, whatever a test has started in this process."""
-    before = {number: signal.getsignal(number) for number in engine.STOP_SIGNALS}
+def restored_signals():
+    """Restore the signal handlers of pytest, which a run in this process replaces."""
+    before = {number: signal.getsignal(number) for number in signals.STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -69,14 +72,15 @@ def own_signals():
 
 @pytest.fixture(autouse=True)
 def fp32(monkeypatch):
-    """And one thread on every machine, unless a test asks otherwise: tests compare numbers."""
+    """Use fp32 and one thread on every machine, because tests compare numbers. A test may change it."""
     torch.set_num_threads(1)
-    monkeypatch.setattr(engine, "bfloat16", False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
 
 
 @pytest.fixture
 def make_model():
-    """A tiny Mask2Former of a seed; arguments replace those of TINY."""
+    """Return make(seed, **changes): a tiny Mask2Former whose weights are drawn from the seed, with
+    arguments that replace those of TINY."""
 
     def make(seed=0, **changes):
         torch.manual_seed(seed)
@@ -87,7 +91,7 @@ def make_model():
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
-    """The folder of a tiny shapes dataset; tests only read it."""
+    """The folder of a tiny shapes dataset. Tests do not change it."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
     write_shapes(folder, num_train=12, num_val=6, size=64)
     return folder
@@ -95,7 +99,8 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture
 def make_dataset(tmp_path):
-    """Writes images, {id: (H, W, 3) uint8 array}, and COCO annotations into a folder and reads them back."""
+    """Return make(images, annotations, category_ids): a CocoDataset that is written to a folder and read.
+    images: {id: (H, W, 3) uint8 array}."""
 
     def make(images, annotations, category_ids=(1, 2, 3)):
         (tmp_path / "images").mkdir()
@@ -117,8 +122,9 @@ def make_dataset(tmp_path):
 
 @pytest.fixture(scope="session")
 def bilinear():
-    """bilinear(map, x, y): the value of a (..., H, W) map at pixel coordinates, where (0, 0) is the centre of
-    the first pixel. Beyond the pixels it is zero, or with border=True that of the nearest pixel."""
+    """Return bilinear(map, x, y): the value of a (..., H, W) map at pixel coordinates, where (0, 0) is
+    the center of the first pixel. Outside the map it is zero, or with border=True that of the nearest
+    pixel."""
 
     def bilinear(values, x, y, border=False):
         H, W = values.shape[-2:]
@@ -137,7 +143,7 @@ def bilinear():
 
 @pytest.fixture(scope="session")
 def resize(bilinear):
-    """resize(map, (H, W)): bilinear resizing of a (..., h, w) map where the outer edges of both coincide."""
+    """Return resize(map, (H, W)): a (..., h, w) map resized bilinearly, with the same outer edges."""
 
     def resize(values, size):
         (h, w), (H, W) = values.shape[-2:], size

@@ -1,6 +1,6 @@
-"""Processes that train or evaluate, and what can befall them: the part of test_faults.py that runs in them.
+"""Processes that train or evaluate, and the faults to inject into them. test_fault_tolerance.py starts them.
 
-They are forked from a server that has imported everything, so that one starts in no time."""
+The processes are forked from a server that has imported everything, so they start without delay."""
 
 import atexit
 import hashlib
@@ -22,9 +22,9 @@ from pycocotools import mask as mask_tools
 import burnin
 import data
 import distill
-import engine
 import evaluate
-import setting
+from training import checkpoint, setup
+from training.optimization import GuardedStep
 
 HERE = Path(__file__).parent
 os.environ["PYTHONPATH"] = f"{HERE.parent}{os.pathsep}{HERE}"  # where the server looks for modules
@@ -39,8 +39,13 @@ TINY = shlex.split(
 
 
 class Job:
-    """`processes` of one run, as torchrun would start them. fault: name of a function below, which is called
-    with (rank, *arguments) in each of them first."""
+    """The processes of one run, started as torchrun would start them.
+
+    Args:
+        folder: for the logs, log-<rank>.txt.
+        flags: the command line.
+        fault: (name, *arguments): each process first calls the function below with (rank, *arguments).
+        script: "distill" or "evaluate"."""
 
     def __init__(self, folder, *flags, processes=1, fault=(), script="distill"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +66,8 @@ class Job:
             process.start()
 
     def wait(self, seconds=60) -> list[int]:
-        """The exit codes; those of processes that were killed are negative. AssertionError after so long."""
+        """Return the exit codes, negative for processes that a signal killed. Raises AssertionError if a
+        process is still alive after `seconds`."""
         end = time.time() + seconds
         for process in self.processes:
             process.join(max(0, end - time.time()))
@@ -76,10 +82,11 @@ class Job:
             process.join()
 
     def text(self, rank=None) -> str:
+        """Return what one rank, or all of them, have printed."""
         return "".join(log.read_text() for i, log in enumerate(self.logs) if rank in (None, i))
 
-    def wait_for(self, words, rank=0, seconds=60):
-        """Until a process has printed something; whether it has."""
+    def wait_for(self, words, rank=0, seconds=60) -> bool:
+        """Wait until a rank has printed `words`, and return whether it has."""
         end = time.time() + seconds
         while time.time() < end and self.processes[rank].is_alive() and words not in self.text(rank):
             time.sleep(0.005)
@@ -93,12 +100,12 @@ def start(script, arguments, rank, environment, log, fault):
     if environment:
         os.environ |= {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of loaders, as usual
+    multiprocessing.set_start_method("fork", force=True)  # the default for loaders on Linux
     code = 0
     try:
         if fault:
             globals()[fault[0]](rank, *fault[1:])
-        {"distill": distill.cli, "evaluate": evaluate.main}[script](arguments)
+        {"distill": distill.main, "evaluate": evaluate.main}[script](arguments)
     except SystemExit as leaving:
         code = leaving.code
     except BaseException:
@@ -106,48 +113,58 @@ def start(script, arguments, rank, environment, log, fault):
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    atexit._run_exitfuncs()  # multiprocessing's end leaves them out
+    atexit._run_exitfuncs()  # a process of multiprocessing does not run them
     os._exit(code)
 
 
 # ------------------------------------------------------------------------------------------------ faults
 
 
-def at_step(rank, who, phase, step, action):
-    """Before the optimiser's step `step` (from 0) of a phase, process `who` does what `action` says."""
-    update = engine.Run.update
+def patch_phases(name, function):
+    """Replace a function that the loops of burnin.py and distill.py both import."""
+    for script in (burnin, distill):
+        setattr(script, name, function)
 
-    def faulty(run, *arguments):
-        if (rank, run.phase, run.step) == (who, phase, step):
+
+def at_step(rank, who, phase, step, action):
+    """Rank `who` raises an error, or sends itself a signal, before the optimizer's step `step` (from 0) of a
+    phase."""
+    optimizer_step = GuardedStep.__call__
+
+    def faulty(self, where, *arguments):
+        if (rank, where) == (who, f"{phase} step {step + 1}"):
             print("fault:", action, flush=True)
             if action == "raise":
                 raise KeyError("planted")
             os.kill(os.getpid(), getattr(signal, action))
-        return update(run, *arguments)
+        return optimizer_step(self, where, *arguments)
 
-    engine.Run.update = faulty
+    GuardedStep.__call__ = faulty
 
 
 def not_finite(rank, who, phase, steps):
-    """In these steps the images of one process are NaN."""
-    run_update, make = engine.Run.__iter__, burnin.stack_images
-    now = {}
+    """Rank `who` trains on images of NaN in these steps (from 0) of a phase."""
+    seed_step, to_device = burnin.seed_step, burnin.to_device
+    now = []
 
-    def iterate(run):
-        for step in run_update(run):
-            now["step"] = run.phase, step
-            yield step
+    def remember(seed, phase, step):
+        now[:] = phase, step
+        seed_step(seed, phase, step)
 
-    def faulty(batch, key, device):
-        bad = rank == who and now["step"] in [(phase, step) for step in steps]
-        return make(batch, key, device) * float("nan") if bad else make(batch, key, device)
+    def faulty(batch, env):
+        batch = to_device(batch, env)
+        if rank == who and now in [[phase, step] for step in steps]:
+            batch |= {name: batch[name] * float("nan") for name in ("image", "strong") if name in batch}
+        return batch
 
-    engine.Run.__iter__, burnin.stack_images = iterate, faulty
+    patch_phases("seed_step", remember)
+    patch_phases("to_device", faulty)
 
 
 def loader(rank, who, kind):
-    """A process that loads data for `who` dies or gets stuck after some images."""
-    get, count = data.Views.__getitem__, []
+    """A loader process of rank `who` dies or gets stuck after some images. The timeout is 3 seconds."""
+    setup.LOADER_TIMEOUT = 3.0
+    get, count = data.AugmentedDataset.__getitem__, []
 
     def faulty(views, key):
         count.append(key)
@@ -156,67 +173,68 @@ def loader(rank, who, kind):
             os.kill(os.getpid(), signal.SIGKILL) if kind == "dead" else time.sleep(1000)
         return get(views, key)
 
-    data.Views.__getitem__ = faulty
+    data.AugmentedDataset.__getitem__ = faulty
 
 
 def slow_evaluation(rank, seconds, who=None):
-    """Of all processes, or of one."""
-    predict = evaluate.predict
+    """Each batch of an evaluation takes some seconds longer, on all ranks or on one."""
+    predict_batch = evaluate.predict_batch
     if who not in (None, rank):
         return
 
     def slow(*arguments):
         print("evaluating", flush=True)
         time.sleep(seconds)
-        return predict(*arguments)
+        return predict_batch(*arguments)
 
-    evaluate.predict = slow
+    evaluate.predict_batch = slow
 
 
 def slow_step(rank, phase, step):
-    """Of many long operations."""
-    update = engine.Run.update
+    """A step (from 0) of a phase does many long operations."""
+    optimizer_step = GuardedStep.__call__
 
-    def slow(run, *arguments):
-        if (run.phase, run.step) == (phase, step):
+    def slow(self, where, *arguments):
+        if where == f"{phase} step {step + 1}":
             print("a slow step", flush=True)
             for _ in range(50):
                 sum(range(10**7))
-        return update(run, *arguments)
+        return optimizer_step(self, where, *arguments)
 
-    engine.Run.update = slow
+    GuardedStep.__call__ = slow
 
 
 def streams_from_the_start(rank):
-    stream = setting.stream
-    setting.stream = lambda *arguments, first_step, **more: stream(*arguments, **more)
+    """A resumed run reads its batches from step 0."""
+    endless_batches = setup.endless_batches
+    setup.endless_batches = lambda *arguments, first_step, **kwargs: endless_batches(*arguments, **kwargs)
 
 
 def no_space(rank, phase, step):
-    """From a step on no file may grow beyond 100 kB."""
-    save = engine.Run.save
+    """From a checkpoint on, no file may grow beyond 100 kB."""
+    save = checkpoint.Checkpointer.save
 
-    def faulty(run, path, at, **results):
-        if (run.phase, at) == (phase, step):
+    def faulty(self, path, at, **results):
+        if (self.phase, at) == (phase, step):
             print("fault: no space", flush=True)
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        return save(run, path, at, **results)
+        return save(self, path, at, **results)
 
-    engine.Run.save = faulty
+    checkpoint.Checkpointer.save = faulty
 
 
-def stale(rank, what):
-    """Process 1 does not see what the other one has written into the folder they share."""
-    print("fault: stale", what, flush=True)
+def stale(rank, function):
+    """Rank 1 does not see what rank 0 has written to the folder that they share."""
+    print("fault: stale", function, flush=True)
     if rank == 1:
-        module, answer = {"newest": (engine, (None, None)), "finished": (setting, False)}[what]
-        setattr(module, what, lambda *_, **__: answer)
+        answer = {"latest_checkpoint": (None, None), "is_completed": False}[function]
+        setattr(checkpoint, function, lambda *_: answer)
 
 
 def nobody(rank):
-    """Root may write everywhere."""
-    lock = setting.lock
+    """The process runs as a user without permissions. Root could write everywhere."""
+    lock = setup.lock
 
     def by_nobody(folder):
         if os.getuid() == 0:
@@ -224,50 +242,51 @@ def nobody(rank):
         print("fault: user", os.geteuid(), flush=True)
         lock(folder)
 
-    setting.lock = by_nobody
+    setup.lock = by_nobody
 
 
 def noisy_truth(rank):
-    """In place of a model's predictions: the objects, moved, some with wrong classes and some left out, the
-    same for an image wherever it is seen."""
-    make = evaluate.coco_results
+    """An evaluation scores, beside the model's predictions, the ground truth with noise: moved objects, some
+    with a wrong class. The noise depends on the image alone, not on the rank that evaluates it."""
+    coco_results, load_coco, mask_ap = evaluate.coco_results, evaluate.load_coco, evaluate.mask_ap
+    truth = []
 
-    def detections(image_id, result, category_ids):
-        found, rng = make(image_id, result, category_ids), np.random.default_rng(image_id)
+    def noisy(image_id, result, category_ids):
+        detections, rng = coco_results(image_id, result, category_ids), np.random.default_rng(image_id)
         print("image", image_id, flush=True)
         for o in truth[0].objects(image_id):
-            mask = mask_tools.decode(data.to_rle(o["segmentation"], *truth[0].size(image_id)))
+            mask = mask_tools.decode(data.encode_rle(o["segmentation"], *truth[0].size(image_id)))
             rle = mask_tools.encode(np.asfortranarray(np.roll(mask, rng.integers(0, 5), axis=0)))
             category = rng.choice(category_ids) if rng.random() < 0.2 else o["category_id"]
             entry = {"image_id": image_id, "category_id": int(category), "segmentation": rle}
-            found.append(entry | {"score": float(rng.random())})
-        return found
-
-    truth, evaluate.coco_results = [], detections
-    read = evaluate.CocoDataset
+            detections.append(entry | {"score": float(rng.random())})
+        return detections
 
     def remember(*arguments):
-        truth.append(read(*arguments))
+        truth.append(load_coco(*arguments))
         return truth[0]
 
-    evaluate.CocoDataset = remember
-    mask_ap = evaluate.mask_ap
-
-    def keep(dataset, detections):
+    def digested(dataset, detections):
         order = sorted(detections, key=lambda d: (d["image_id"], d["score"]))
         digest = hashlib.sha256(repr([(d["score"], d["segmentation"]) for d in order]).encode())
         print("detections", len(order), digest.hexdigest(), flush=True)
         return mask_ap(dataset, detections)
 
-    evaluate.mask_ap = keep
+    evaluate.coco_results, evaluate.load_coco, evaluate.mask_ap = noisy, remember, digested
 
 
 def few_objects(rank):
-    """The second process has images without objects, and a teacher that finds nothing."""
-    if rank == 1:
-        burnin.to_device = lambda batch, device: [
-            {"labels": item["labels"][:0], "masks": item["masks"][:0]} for item in batch
-        ]
-        pseudo_labels = burnin.pseudo_labels
-        burnin.pseudo_labels = lambda outputs, **_: pseudo_labels(outputs, 2.0)
-        print("fault: no objects", flush=True)
+    """Rank 1 has labeled images without objects, and a teacher that finds nothing."""
+    if rank != 1:
+        return
+    to_device, pseudo_labels = burnin.to_device, burnin.pseudo_labels
+
+    def without_objects(batch, env):
+        batch = to_device(batch, env)
+        if "targets" in batch:
+            batch["targets"] = [{name: v[:0] for name, v in target.items()} for target in batch["targets"]]
+        return batch
+
+    patch_phases("to_device", without_objects)
+    patch_phases("pseudo_labels", lambda outputs, *_: pseudo_labels(outputs, score_threshold=2.0))
+    print("fault: no objects", flush=True)

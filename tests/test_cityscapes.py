@@ -1,4 +1,5 @@
-"""Cityscapes on a made tree of its layout: conversion, training, and AP by its own rules."""
+"""Tests of layouts/cityscapes.py on a small generated dataset: conversion, training, and AP by Cityscapes'
+rules."""
 
 import json
 import os
@@ -8,20 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import run
 from PIL import Image, ImageDraw
 from pycocotools import mask as rle_tools
 
-import burnin
 import evaluate
-from cityscapes import CLASSES, cityscapes_ap, convert, label_file
-from data import CocoDataset, DataError, listed_split, load_data, to_rle
+from data import CocoDataset, DataError, encode_rle, split_from_file
+from layouts import load_data
+from layouts.cityscapes import CLASSES, cityscapes_ap, convert, is_cityscapes, label_file
 
 H, W = 64, 128
-ROOT = Path(evaluate.__file__).parent
 
 
 def draw_ids(rng):
-    """(H, W) ids: road, sky that is void, objects of several classes, a group, a caravan."""
+    """Draw ids (H, W): road, void, objects of several classes, a group, and a caravan, which is not
+    evaluated."""
     canvas = Image.new("I", (W, H), 7)
     draw = ImageDraw.Draw(canvas)
     draw.rectangle((0, 0, W, 8), fill=0)
@@ -70,28 +72,28 @@ def test_conversion_keeps_every_object_with_its_class_and_mask(root):
             for value, annotation in zip(values, annotations):
                 assert annotation["category_id"] == (value // 1000 if value >= 1000 else value)
                 assert annotation["iscrowd"] == (value < 1000)
-                mask = rle_tools.decode(to_rle(annotation["segmentation"], H, W))
+                mask = rle_tools.decode(encode_rle(annotation["segmentation"], H, W))
                 assert np.array_equal(mask, ids == value) and annotation["area"] == mask.sum()
 
 
-def test_it_is_converted_once(root):
+def test_existing_annotation_files_are_not_written_again(root):
     before = [path.stat().st_mtime_ns for path in convert(root)]
     assert [path.stat().st_mtime_ns for path in convert(root)] == before
     assert not list(root.glob("*.tmp"))
 
 
-def test_the_published_lists_name_its_images(root, tmp_path):
+def test_the_published_lists_of_labeled_images_can_be_read(root, tmp_path):
     train, _ = load_data("cityscapes", root)
     lines = ["ulm_000002_000019_gtFine_instanceIds.png", "bonn_000000_000019_gtFine_instanceIds.png"]
     (tmp_path / "list.txt").write_text("\n".join(lines))
-    names = [train.file_name(image_id) for image_id in listed_split(tmp_path / "list.txt", train)]
+    names = [train.file_name(image_id) for image_id in split_from_file(tmp_path / "list.txt", train)]
     assert names == [
         "train/bonn/bonn_000000_000019_leftImg8bit.png",
         "train/ulm/ulm_000002_000019_leftImg8bit.png",
     ]
 
 
-def test_missing_archives_are_named(tmp_path):
+def test_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="leftImg8bit/train"):
         convert(tmp_path)
     (tmp_path / "leftImg8bit/train/ulm").mkdir(parents=True)
@@ -106,11 +108,12 @@ def test_missing_archives_are_named(tmp_path):
 
 
 def truth_as_detections(dataset, rng=None):
-    """The ground truth, or with rng something like it: moved, doubled, missing, of other classes."""
+    """Turn the ground truth into detections. With rng they are shifted, doubled, missing, or of other
+    classes."""
     detections = []
     for image_id in dataset.image_ids:
         for annotation in dataset.objects(image_id):
-            mask = rle_tools.decode(to_rle(annotation["segmentation"], H, W))
+            mask = rle_tools.decode(encode_rle(annotation["segmentation"], H, W))
             category, score = annotation["category_id"], 1.0
             for _ in range(1 if rng is None else rng.integers(0, 3)):
                 if rng is not None:
@@ -120,7 +123,7 @@ def truth_as_detections(dataset, rng=None):
                 rle = rle_tools.encode(np.asfortranarray(mask))
                 entry = {"image_id": image_id, "category_id": category, "segmentation": rle, "score": score}
                 detections.append(entry)
-        if rng is not None:  # on a group, on void, and of a class that is nowhere
+        if rng is not None:  # on a group, on void, and of a class without objects
             for box, category in (((0, 0, 40, 8), 24), ((40, 5, 60, 50), 26), ((3, 3, 9, 9), 28)):
                 mask = np.zeros((H, W), dtype=np.uint8)
                 mask[box[1] : box[3], box[0] : box[2]] = 1
@@ -138,9 +141,9 @@ def files_of(root, dataset):
 def test_perfect_predictions_score_100_by_both_rules(root):
     _, val = load_data("cityscapes", root)
     detections = truth_as_detections(val)
-    theirs = cityscapes_ap(files_of(root, val), detections)
-    assert theirs["AP"] == theirs["AP50"] == 100.0
-    assert theirs["per_class"]["car"] == 100.0 and theirs["per_class"]["bus"] == -1.0
+    ap = cityscapes_ap(files_of(root, val), detections)
+    assert ap["AP"] == ap["AP50"] == 100.0
+    assert ap["per_class"]["car"] == 100.0 and ap["per_class"]["bus"] == -1.0
     assert evaluate.mask_ap(val, detections)["AP"] == 100.0
 
 
@@ -151,7 +154,7 @@ def test_no_prediction_scores_0(root):
 
 COMMAND = """
 import numpy, sys
-# The published package cannot run with NumPy 2.4 otherwise.
+# Without this the published package fails with NumPy 2.4.
 count = numpy.count_nonzero
 numpy.in1d, numpy.count_nonzero = numpy.isin, lambda *args: int(count(*args))
 from cityscapesscripts.evaluation import evalInstanceLevelSemanticLabeling as evaluation
@@ -161,8 +164,8 @@ evaluation.main()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_ap_equals_that_of_the_packages_own_command(root, tmp_path, seed):
-    """On the same predictions as PNG files."""
+def test_ap_equals_that_of_the_command_of_cityscapesscripts(root, tmp_path, seed):
+    """Both evaluate the same predictions. The command reads them from PNG files."""
     _, val = load_data("cityscapes", root)
     detections = truth_as_detections(val, np.random.default_rng(seed))
     found = cityscapes_ap(files_of(root, val), detections)
@@ -188,33 +191,28 @@ def test_ap_equals_that_of_the_packages_own_command(root, tmp_path, seed):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    theirs = json.loads((root / "evaluationResults/resultInstanceLevelSemanticLabeling.json").read_text())[
+    averages = json.loads((root / "evaluationResults/resultInstanceLevelSemanticLabeling.json").read_text())[
         "averages"
     ]
     assert 5 < found["AP"] < 95 and len(detections) > 20
-    assert found["AP"] == pytest.approx(100 * theirs["allAp"], abs=1e-3)
-    assert found["AP50"] == pytest.approx(100 * theirs["allAp50%"], abs=1e-3)
+    assert found["AP"] == pytest.approx(100 * averages["allAp"], abs=1e-3)
+    assert found["AP50"] == pytest.approx(100 * averages["allAp50%"], abs=1e-3)
     for name, value in found["per_class"].items():
-        expected = theirs["classes"][name]["ap"]
+        expected = averages["classes"][name]["ap"]
         assert value == -1.0 if np.isnan(expected) else value == pytest.approx(100 * expected, abs=1e-3)
 
 
-def test_training_on_it_shows_both_aps(root, tmp_path, capsys):
+def test_training_and_evaluation_show_both_aps(root, tmp_path):
     flags = "--data cityscapes --preset cityscapes --ratio 0.5 --steps 1 --batch 2 --workers 0 --device cpu"
-    flags += " --crop 32,64 --short-side 32,64 --test-short-side 64 --test-long-side 128 --num-points 32"
-    flags += " --backbone resnet10t --norm group --pretrained false --num-queries 5 --hidden-dim 32"
-    flags += " --encoder-layers 1 --encoder-ffn 32 --decoder-layers 1 --decoder-ffn 32"
-    flags = [*flags.split(), "--root", str(root), "--out", str(tmp_path)]
-    cfg = burnin.parse(burnin.Config, burnin.PRESETS, flags)
-    setting = burnin.Setting(cfg)
-    setting.show(burnin.PRESETS)
-    burnin.main(cfg, setting)
-    printed = capsys.readouterr().out
-    assert "6 training images, 3 of them labelled" in printed and "burnin done" in printed
-    evaluate.main(
-        [str(tmp_path / "burnin.pt"), "--root", str(root), "--device", "cpu", "--json", str(tmp_path / "ap")]
-    )
-    assert "Cityscapes AP50" in capsys.readouterr().out
+    flags += " --crop 32,64 --short-sides 32,64 --test-size 64,128 --num-points 32 --backbone resnet10t"
+    flags += " --norm group --pretrained false --num-queries 5 --hidden-dim 32 --encoder-layers 1"
+    flags += " --encoder-ffn 32 --decoder-layers 1 --decoder-ffn 32"
+    printed = run("burnin.py", *flags.split(), "--root", root, "--out", tmp_path).stdout
+    assert "6 training images, 3 of them labeled" in printed and "burnin done" in printed
+    assert "Cityscapes AP50" in printed
+    flags = ["--root", root, "--device", "cpu", "--json", tmp_path / "ap.json"]
+    assert "Cityscapes AP50" in run("evaluate.py", tmp_path / "burnin.pt", *flags).stdout
+    assert "Cityscapes AP50" in json.loads((tmp_path / "ap.json").read_text())["student"]
 
 
 def test_a_damaged_label_file_is_named(root, tmp_path):
@@ -224,14 +222,14 @@ def test_a_damaged_label_file_is_named(root, tmp_path):
         cityscapes_ap({val.image_ids[0]: tmp_path / "a.png"}, [])
 
 
-def test_other_classes_over_its_folders_are_a_data_set_like_any_other(root):
+def test_a_data_set_with_other_classes_in_its_folders_is_not_cityscapes(root):
     _, val = load_data("cityscapes", root)
-    assert evaluate.is_cityscapes(val)
+    assert is_cityscapes(val)
     val.category_ids = [1, 2, 3]
-    assert not evaluate.is_cityscapes(val) and not evaluate.is_cityscapes(None)
+    assert not is_cityscapes(val) and not is_cityscapes(None)
 
 
-def test_without_its_package_the_rules_are_refused_with_what_to_do(root, monkeypatch):
+def test_the_missing_package_is_an_error_that_says_what_to_install(root, monkeypatch):
     monkeypatch.setitem(sys.modules, "cityscapesscripts.evaluation", None)
     _, val = load_data("cityscapes", root)
     assert isinstance(val, CocoDataset)

@@ -1,35 +1,34 @@
-"""Programs of torch.export and ONNX, made of a checkpoint, find in an image what evaluate.py finds."""
-
-import contextlib
-import io
+"""Tests of tools/export.py: the programs of torch.export and ONNX find in an image what evaluate.py finds."""
 
 import onnxruntime
 import pytest
 import torch
+from commands import run
 from conftest import TINY
 from timm.layers import Conv2dSame
 from torch import nn
 
 from evaluate import instances
 from model import Mask2Former
-from tools.export import EvenConv2d, export, trace
+from tools.export import ConvSamePadding, trace
 
-SIZES = [(192, 256), (150, 235)]  # neither is the one that was traced
+SIZES = [(192, 256), (150, 235)]  # neither was traced
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A tiny model, its program, the folder, and what the export has said."""
+    """Return a tiny model, its program, the folder, and the printed text."""
     torch.manual_seed(1)
-    model, folder = Mask2Former(**TINY).eval(), tmp_path_factory.mktemp("exported") / "out"
-    checkpoint = {"student": model.state_dict(), "teacher": None, "model_args": TINY}
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        export(checkpoint, "student", folder)
-    return model, torch.export.load(folder / "model.pt2"), folder, said.getvalue()
+    model, folder = Mask2Former(**TINY).eval(), tmp_path_factory.mktemp("exported")
+    checkpoint = {"format": 2, "model": model.state_dict(), "teacher": None, "model_args": TINY}
+    torch.save(checkpoint, folder / "distill.pt")
+    printed = run("tools.export", folder / "distill.pt", folder / "out").stdout
+    return model, torch.export.load(folder / "out/model.pt2"), folder / "out", printed
 
 
 def check(model, image, scores, labels, masks):
-    """Equal but for rounding: a pixel of a mask is one side of the threshold or the other."""
+    """Compare detections with those of the model. Rounding may move a few pixels of a mask across its
+    threshold."""
     with torch.no_grad():
         expected = instances(model(image), [image.shape[2:]])[0]
     assert (labels.dtype, masks.dtype) == (torch.int64, torch.bool)
@@ -41,7 +40,7 @@ def check(model, image, scores, labels, masks):
 
 def images():
     generator = torch.Generator().manual_seed(0)
-    for H, W in SIZES:  # as they come from a file: rows of pixels
+    for H, W in SIZES:  # in the memory layout of a file, rows of pixels
         yield torch.randint(0, 256, (1, H, W, 3), generator=generator).byte().permute(0, 3, 1, 2)
 
 
@@ -51,7 +50,7 @@ def test_a_program_finds_what_the_model_finds_in_images_of_any_size(exported):
         check(model, image, *program.module()(image))
     operations = {node.target for graph in program.graph_module.modules() for node in graph.graph.nodes}
     spaces = {operation.namespace for operation in operations if isinstance(operation, torch._ops.OpOverload)}
-    assert spaces == {"aten"}  # nothing that another machine would not have
+    assert spaces == {"aten"}, "the program needs no custom operators"
 
 
 def test_an_onnx_model_finds_what_the_model_finds_in_images_of_any_size(exported):
@@ -61,23 +60,23 @@ def test_an_onnx_model_finds_what_the_model_finds_in_images_of_any_size(exported
         check(model, image, *map(torch.from_numpy, session.run(None, {"image": image.numpy()})))
 
 
-def test_a_backbone_that_transformers_does_not_know_has_programs_and_no_files_of_weights(exported):
-    *_, folder, said = exported
+def test_a_backbone_that_transformers_lacks_has_programs_and_no_files_of_weights(exported):
+    *_, folder, printed = exported
     assert (folder / "model.pt2").exists() and not (folder / "config.json").exists()
-    assert "images of 33 to 4096 pixels a side" in said and "not resnet10t" in said
+    assert "images of 33 to 4096 pixels a side" in printed and "not with resnet10t" in printed
 
 
-def test_code_that_needs_its_sizes_as_numbers_gets_those_of_the_test_images():
+def test_code_that_needs_sizes_as_numbers_is_traced_for_the_test_size():
     class Halves(nn.Module):
         def forward(self, image):
             return image[..., : int(image.shape[-1]) // 2]
 
-    program, said = trace(Halves(), (40, 60))
-    assert "40 x 60" in said and program.module()(torch.zeros(1, 3, 40, 60).byte()).shape[-1] == 30
+    program, accepted = trace(Halves(), (40, 60))
+    assert "40 x 60" in accepted and program.module()(torch.zeros(1, 3, 40, 60).byte()).shape[-1] == 30
     assert "800 x 1333" in trace(Halves(), (0, 0))[1]
 
 
-def test_a_side_that_is_too_short_is_refused(exported):
+def test_a_side_that_is_too_short_is_an_error(exported):
     with pytest.raises(AssertionError, match="33"):
         exported[1].module()(torch.zeros(1, 3, 64, 32, dtype=torch.uint8))
 
@@ -90,5 +89,5 @@ def test_tensorflows_padding_needs_no_sizes_where_the_stride_divides_them(size, 
     conv = Conv2dSame(2, 3, size, stride=stride, dilation=dilation)
     image = torch.randn(2, 2, 12, 20)
     expected = conv(image)
-    conv.__class__ = EvenConv2d
+    conv.__class__ = ConvSamePadding
     torch.testing.assert_close(conv(image), expected)

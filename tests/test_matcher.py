@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def leaves(outputs):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The points that the matcher and the criterion draw: the results of torch.rand without a generator."""
+    """Record the points that matcher and criterion draw: the results of torch.rand without a generator."""
     results, rand = [], torch.rand
 
     def record(*args, generator=None, **kwargs):
@@ -68,25 +69,23 @@ def softmax(logits):
     return [e / sum(exponentials) for e in exponentials]
 
 
-def mask_terms(logits, mask, sure=None):
-    """Mean binary cross-entropy, weighted by how sure one is of each, and dice of two lists of values at the
-    same points."""
-    pairs, sure = [(sigmoid(x), t) for x, t in zip(logits, mask)], sure or [1.0] * len(mask)
-    terms = [t * math.log(p) + (1 - t) * math.log(1 - p) for p, t in pairs]
-    bce = -sum(s * term for s, term in zip(sure, terms)) / len(pairs)
+def mask_terms(logits, mask):
+    """Return mean binary cross-entropy and dice of two lists of values at the same points."""
+    pairs = [(sigmoid(x), t) for x, t in zip(logits, mask)]
+    bce = -sum(t * math.log(p) + (1 - t) * math.log(1 - p) for p, t in pairs) / len(pairs)
     dice = 1 - (2 * sum(p * t for p, t in pairs) + 1) / (sum(p for p, _ in pairs) + sum(mask) + 1)
     return bce, dice
 
 
 def sample(values, points, bilinear):
-    """A (H, W) map at points (P, 2) in [0, 1]."""
+    """Sample a map (H, W) at points (P, 2) in [0, 1]."""
     values = values.detach().double().numpy()
     H, W = values.shape
     return [float(bilinear(values, x * W - 0.5, y * H - 0.5)) for x, y in points.double().tolist()]
 
 
 def costs_by_formulas(logits, masks, target, points, bilinear, weights=(2.0, 5.0, 5.0)):
-    """(Q, N) of one prediction of one image."""
+    """Return the costs (Q, N) of one prediction of one image."""
     costs = np.zeros((len(logits), len(target["labels"])))
     for q, n in np.ndindex(costs.shape):
         probability = softmax(logits[q].tolist())[target["labels"][n]]
@@ -98,7 +97,7 @@ def costs_by_formulas(logits, masks, target, points, bilinear, weights=(2.0, 5.0
 
 
 def cheapest_assignment(costs):
-    """By trying all: [(query, target)], queries ascending."""
+    """Return [(query, object)], queries ascending, found by trying all assignments."""
     Q, N = costs.shape
     if N <= Q:
         choices = ([(q, n) for n, q in enumerate(p)] for p in itertools.permutations(range(Q), N))
@@ -108,9 +107,9 @@ def cheapest_assignment(costs):
 
 
 def losses_by_loops(outputs, targets, drawn, bilinear, criterion, num_objects):
-    """The criterion's losses, in float64, with the random points that it has drawn."""
+    """Compute the criterion's losses in float64, with the random points that it has drawn."""
     predictions = [*outputs["aux_outputs"], outputs]
-    *matching_points, candidates, anywhere = drawn
+    *matching_points, candidates, uniform = drawn
     total, weights = np.zeros((3, len(predictions))), np.zeros(len(predictions))  # of class, BCE, dice
     pair_number = 0
     for b, target in enumerate(targets):
@@ -119,23 +118,17 @@ def losses_by_loops(outputs, targets, drawn, bilinear, criterion, num_objects):
             costs = costs_by_formulas(logits, masks, target, matching_points[b], bilinear)
             pairs = cheapest_assignment(costs)
             classes = {q: int(target["labels"][n]) for q, n in pairs}
-            object_weights = target.get("weights", torch.ones(len(target["labels"]))).tolist()
             for q in range(len(logits)):
                 weight = 1.0 if q in classes else 0.1
-                sure = object_weights[dict(pairs)[q]] if q in classes else 1.0
-                total[0, t] -= (
-                    sure * weight * math.log(softmax(logits[q].double().tolist())[classes.get(q, K)])
-                )
+                total[0, t] -= weight * math.log(softmax(logits[q].double().tolist())[classes.get(q, K)])
                 weights[t] += weight
             for q, n in pairs:
                 certainty = np.abs(sample(masks[q], candidates, bilinear))
                 count = int(criterion.num_points * criterion.importance_sample_ratio)
-                least_certain = candidates[np.argsort(certainty)[:count].tolist()]
-                points = torch.cat([least_certain, anywhere[pair_number]])
+                uncertain = candidates[np.argsort(certainty)[:count].tolist()]
+                points = torch.cat([uncertain, uniform[pair_number]])
                 truth = sample(target["masks"][n].float(), points, bilinear)
-                sure = "pixel_weights" in target and sample(target["pixel_weights"][n], points, bilinear)
-                terms = mask_terms(sample(masks[q], points, bilinear), truth, sure)
-                total[1:, t] += object_weights[n] * np.array(terms)
+                total[1:, t] += mask_terms(sample(masks[q], points, bilinear), truth)
                 pair_number += 1
     losses = {}
     for t in range(len(predictions)):
@@ -149,7 +142,7 @@ def losses_by_loops(outputs, targets, drawn, bilinear, criterion, num_objects):
 # ----------------------------------------------------------------------------------------- matching
 
 
-def test_points_are_sampled_bilinearly_and_zero_lies_outside(bilinear):
+def test_points_are_sampled_bilinearly_with_zeros_outside(bilinear):
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(2, *MAP, generator=generator)
     points = 1.4 * torch.rand(2, 30, 2, generator=generator, dtype=torch.float64) - 0.2
@@ -176,13 +169,13 @@ def test_costs_equal_plain_formulas(bilinear, weights):
     torch.manual_seed(0)
     outputs, [target] = random_outputs(images=1, layers=0), random_targets([3])
     logits, masks, points = outputs["pred_logits"], outputs["pred_masks"][0], torch.rand(P, 2)
-    costs = HungarianMatcher(*weights).costs(logits, masks, None, target, points)
+    costs = HungarianMatcher(*weights).cost_matrix(logits, masks, None, target, points)
     expected = costs_by_formulas(logits[0], masks, target, points, bilinear, weights)
     np.testing.assert_allclose(costs[0].detach().numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("queries, objects", [(4, 3), (4, 4), (3, 5), (5, 1), (2, 6)])
-def test_the_assignment_is_the_cheapest_of_all(drawn, bilinear, queries, objects):
+def test_the_assignment_has_the_lowest_cost_of_all(drawn, bilinear, queries, objects):
     torch.manual_seed(0)
     for seed in range(3):
         outputs = random_outputs(seed, images=1, layers=0, queries=queries)
@@ -195,7 +188,7 @@ def test_the_assignment_is_the_cheapest_of_all(drawn, bilinear, queries, objects
         assert query.dtype == found.dtype == torch.int64 and query.device.type == "cpu"
 
 
-def test_images_without_objects_are_matched_with_nothing():
+def test_images_without_objects_have_no_matches():
     pairs = HungarianMatcher(num_points=P)(random_outputs(), random_targets([0, 2]))
     assert [(len(query), len(target)) for query, target in pairs] == [(0, 0), (2, 2)]
 
@@ -219,50 +212,18 @@ def test_losses_equal_plain_loops_at_the_same_points(drawn, bilinear, counts):
         assert value.item() == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize("names", [["weights"], ["pixel_weights"], ["weights", "pixel_weights"]])
-def test_weights_of_objects_and_of_their_pixels_enter_as_in_plain_loops(drawn, bilinear, names):
-    torch.manual_seed(0)
-    outputs, targets = random_outputs(), random_targets([2, 3])
-    for target in targets:
-        shapes = {"weights": target["labels"].shape, "pixel_weights": target["masks"].shape}
-        target |= {name: torch.randn(shapes[name]).sigmoid() for name in names}
-    criterion = SetCriterion(K, num_points=P)
-    losses = criterion(outputs, targets)
-    expected = losses_by_loops(outputs, targets, drawn, bilinear, criterion, 5)
-    for name, value in losses.items():
-        assert value.item() == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
-
-
-def test_an_object_of_weight_0_is_as_if_its_query_learned_nothing():
-    """Neither class nor mask; and it is no reason to call the query "no object"."""
-    torch.manual_seed(0)
-    outputs, targets = random_outputs(images=1, layers=0), random_targets([1])
-    outputs = {
-        name: value.detach().requires_grad_() for name, value in outputs.items() if name != "aux_outputs"
-    }
-    criterion = SetCriterion(K, num_points=P)
-    pairs = criterion.match(outputs, targets)
-    [[(query, _)]] = pairs
-    targets[0]["weights"] = torch.zeros(1)
-    sum(criterion(outputs, targets, pairs=pairs).values()).backward()
-    assert not outputs["pred_masks"].grad.any() and not outputs["pred_logits"].grad[0, query].any()
-    assert outputs["pred_logits"].grad.any(), "the other queries learn that they have no object"
-
-
-def test_costs_of_some_points_after_others_are_those_of_all_at_once(monkeypatch):
-    """What stays in the cache is a matter of speed alone."""
+def test_costs_do_not_depend_on_the_chunks_they_are_computed_in(monkeypatch):
     torch.manual_seed(0)
     outputs, [target] = random_outputs(images=1, layers=0), random_targets([3])
     arguments = outputs["pred_logits"], outputs["pred_masks"][0], None, target, torch.rand(P, 2)
-    together = HungarianMatcher().costs(*arguments)
+    together = HungarianMatcher().cost_matrix(*arguments)
     for points in (1, 3, P - 1):
-        monkeypatch.setattr(matcher, "AT_ONCE", {"cpu": points * Q})
-        torch.testing.assert_close(HungarianMatcher().costs(*arguments), together)
+        monkeypatch.setattr(matcher, "MAX_LOGITS_PER_CHUNK", {"cpu": points * Q})
+        torch.testing.assert_close(HungarianMatcher().cost_matrix(*arguments), together)
 
 
 @pytest.mark.parametrize("counts", [(2, 3), (0, 2), (0, 0), (6, 1)])
-def test_masks_as_embeddings_and_features_give_the_same_as_their_product(counts):
-    """Losses, assignments and gradients."""
+def test_factored_masks_give_the_same_losses_and_gradients_as_their_product(counts):
     torch.manual_seed(0)
     C, targets, criterion = 8, random_targets(counts), SetCriterion(K, num_points=P)
     features = torch.randn(B, C, *MAP, requires_grad=True)
@@ -284,20 +245,22 @@ def test_masks_as_embeddings_and_features_give_the_same_as_their_product(counts)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_object_may_have_several_queries(monkeypatch):
-    """With a matcher of one's own: the mask losses of both pairs add up. The points are fixed."""
+def test_a_custom_matcher_may_give_an_object_several_queries(monkeypatch):
+    """The mask losses of both pairs add up. The points are fixed."""
     outputs, targets = random_outputs(images=1, layers=0), random_targets([2])
     points = torch.rand(3 * P, 2)
     monkeypatch.setattr(matcher.torch, "rand", lambda *size, **_: points[: size[-2]].expand(size))
-    criterion, losses = SetCriterion(K, num_points=P), []
+    losses = []
     for queries, objects in ([0], [1]), ([2], [1]), ([0, 2], [1, 1]):
         pairs = [[(torch.tensor(queries), torch.tensor(objects))]]
-        losses.append(criterion(outputs, targets, num_objects=1, pairs=pairs))
+        matcher_ = SimpleNamespace(match=lambda *_, pairs=pairs: pairs)
+        criterion = SetCriterion(K, num_points=P, matcher=matcher_)
+        losses.append(criterion(outputs, targets, num_objects=1))
     for name in ("loss_mask", "loss_dice"):
         torch.testing.assert_close(losses[0][name] + losses[1][name], losses[2][name])
 
 
-def test_outputs_without_auxiliary_predictions_are_welcome():
+def test_outputs_may_have_no_auxiliary_predictions():
     outputs = random_outputs(layers=0)
     del outputs["aux_outputs"]
     losses = SetCriterion(K, num_points=P)(outputs, random_targets([1, 2]))
@@ -320,7 +283,7 @@ def test_weights_multiply_the_losses():
 
 
 def test_perfect_predictions_cost_almost_nothing():
-    """Only at the edges of masks, where pixels are half in and half out, something is left."""
+    """A small loss remains at the edges of masks, where samples lie between both values."""
     side = 64
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     masks = torch.stack([x < side // 2, y >= side // 2, (x - 32) ** 2 + (y - 32) ** 2 < 400])
@@ -339,7 +302,7 @@ def test_perfect_predictions_cost_almost_nothing():
     assert all(value > 10 * perfect[name] for name, value in wrong.items())
 
 
-def test_batches_without_any_object_have_no_mask_loss_but_every_gradient(make_model):
+def test_batches_without_objects_have_no_mask_loss_but_all_gradients(make_model):
     tiny = make_model()
     empty = {"labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, 64, 64, dtype=torch.bool)}
     losses = SetCriterion(K, num_points=P)(tiny(255 * torch.rand(2, 3, 64, 64)), [empty, empty])
@@ -352,7 +315,7 @@ def test_batches_without_any_object_have_no_mask_loss_but_every_gradient(make_mo
 
 
 @pytest.mark.parametrize("counts", [(2, 3), (0, 2), (9, 1), (0, 0)])
-def test_all_outputs_have_finite_gradients_whatever_the_number_of_objects(counts):
+def test_all_outputs_have_finite_gradients_for_any_number_of_objects(counts):
     outputs = random_outputs()
     sum(SetCriterion(K, num_points=P)(outputs, random_targets(counts)).values()).backward()
     assert all(leaf.grad.isfinite().all() for leaf in leaves(outputs))
@@ -360,7 +323,7 @@ def test_all_outputs_have_finite_gradients_whatever_the_number_of_objects(counts
 
 @pytest.mark.parametrize("given, used", [(None, 5), (5, 5), (2.5, 2.5), (10, 10), (0.25, 1), (0, 1)])
 def test_num_objects_divides_the_mask_losses(given, used):
-    """By default the objects of the batch; at least 1."""
+    """The default is the objects of the batch. At least 1 is used."""
     outputs, targets, criterion = random_outputs(), random_targets([2, 3]), SetCriterion(K, num_points=P)
     torch.manual_seed(0)
     of_one = criterion(outputs, targets, num_objects=1)
@@ -370,14 +333,13 @@ def test_num_objects_divides_the_mask_losses(given, used):
         torch.testing.assert_close(value, expected)
 
 
-def test_nothing_to_learn_is_a_loss_of_zero():
-    """ "No object" weighs nothing, and there is no object."""
+def test_no_objects_and_a_no_object_weight_of_zero_give_zero_loss():
     losses = SetCriterion(K, num_points=P, no_object_weight=0.0)(random_outputs(), random_targets([0, 0]))
     assert all(value == 0 for value in losses.values())
 
 
 def test_everything_runs_in_fp32_under_autocast():
-    """bf16 outputs are taken as they are; the arithmetic on them does not change."""
+    """Outputs may be bf16, but the arithmetic on them is the same with and without autocast."""
     outputs, targets = random_outputs(dtype=torch.bfloat16), random_targets([2, 3])
     criterion = SetCriterion(K, num_points=P)
     torch.manual_seed(0)
@@ -396,19 +358,19 @@ def test_sampled_features_are_multiplied_in_fp32_under_autocast():
     torch.manual_seed(0)
     logits, maps, embed = torch.randn(1, Q, K + 1), torch.randn(8, *MAP), torch.randn(Q, 8)
     [target], points = random_targets([3]), torch.rand(P, 2)
-    expected = HungarianMatcher().costs(logits, maps, embed, target, points)
+    expected = HungarianMatcher().cost_matrix(logits, maps, embed, target, points)
     with torch.autocast("cpu", torch.bfloat16):
-        found = HungarianMatcher().costs(logits, maps, embed, target, points)
+        found = HungarianMatcher().cost_matrix(logits, maps, embed, target, points)
     assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.75, 1.0])
-def test_the_points_of_the_loss_are_the_least_certain_candidates_and_some_others(drawn, bilinear, share):
+def test_points_of_the_loss_are_the_most_uncertain_candidates_and_uniform_ones(drawn, bilinear, share):
     torch.manual_seed(0)
     mask_logits = 3 * torch.randn(3, *MAP)
     criterion = SetCriterion(K, num_points=P, importance_sample_ratio=share)
     points = criterion.uncertain_points(mask_logits)
-    candidates, anywhere = drawn
+    candidates, uniform = drawn
     assert points.shape == (3, P, 2) and candidates.shape == (3 * P, 2)
     assert not points.requires_grad
     count = int(share * P)
@@ -416,7 +378,7 @@ def test_the_points_of_the_loss_are_the_least_certain_candidates_and_some_others
         certainty = np.abs(sample(mask_logits[g], candidates, bilinear))
         best = candidates[np.argsort(certainty)[:count].tolist()]
         assert sorted(points[g, :count].tolist()) == sorted(best.tolist())
-    assert torch.equal(points[:, count:], anywhere)
+    assert torch.equal(points[:, count:], uniform)
 
 
 def test_the_order_of_targets_within_an_image_does_not_matter():
@@ -434,8 +396,8 @@ def test_the_order_of_targets_within_an_image_does_not_matter():
 
 @pytest.mark.parametrize("name", ["pred_logits", "pred_masks"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_outputs_that_are_not_finite_are_matched_and_their_losses_tell(name, value, monkeypatch):
-    """So that all processes of a job can leave out the step together. The solver never sees a NaN."""
+def test_non_finite_outputs_are_matched_and_give_non_finite_losses(name, value, monkeypatch):
+    """Training can then skip the step on all ranks. The solver never gets a NaN."""
     seen = []
     solve = matcher.linear_sum_assignment
     monkeypatch.setattr(matcher, "linear_sum_assignment", lambda cost: seen.append(cost) or solve(cost))
@@ -452,7 +414,7 @@ def test_outputs_that_are_not_finite_are_matched_and_their_losses_tell(name, val
     assert wrong and wrong <= ({"loss_ce"} if name == "pred_logits" else {"loss_mask", "loss_dice"})
 
 
-def test_labels_and_masks_of_unequal_number_are_refused():
+def test_different_numbers_of_labels_and_masks_are_refused():
     [target] = random_targets([3])
     target["labels"] = target["labels"][:2]
     with pytest.raises(ValueError, match="2 labels for 3 masks"):

@@ -1,21 +1,26 @@
-"""The method itself: pseudo-labels, the guided step, the teacher that follows the student."""
+"""The method: pseudo-labels, the training steps of phases 2 and 3, the EMA teacher."""
 
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import same
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-import engine
-from burnin import guided_step, pseudo_labels, set_losses, split_outputs, supervised_step
+import burnin
+import distill
+from burnin import full_res_masks, mask_nms, pseudo_labels, refine
 from distill import ema_update
 from matcher import SetCriterion
+from training.config import Config
+from training.distributed import Env, num_objects
+from training.micro_batches import MicroBatched, concat_outputs, split_outputs
 
 K = 3
-CPU = torch.device("cpu")
+ENV = Env(torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------- pseudo-labels
@@ -26,27 +31,27 @@ def logits_of(*probabilities):
 
 
 def mask_of(area, size=(6, 8)):
-    """Mask logits whose first `area` pixels are just above zero, the others at zero and below."""
+    """Return mask logits whose first `area` pixels are just above zero, the others at zero and below."""
     logits = torch.full(size, -3.0)
     logits.view(-1)[:area] = 1e-3
     logits.view(-1)[area : area + 10] = 0.0
     return logits
 
 
-# Class probabilities, the last of "no object"; pixels of the mask; the label, or why it is dropped.
+# Class probabilities, "no object" last; pixels of the mask; the label, or why the query is dropped.
 QUERIES = [
     ((0.90, 0.05, 0.03, 0.02), 12, 0),
-    ((0.10, 0.75, 0.10, 0.05), 6, 1),  # one pixel more than min_area
+    ((0.10, 0.75, 0.10, 0.05), 6, 1),  # one pixel above min_area
     ((0.02, 0.03, 0.90, 0.05), 5, "min_area exactly"),
     ((0.02, 0.03, 0.90, 0.05), 0, "an empty mask"),
     ((0.01, 0.01, 0.01, 0.97), 20, "no object"),
-    ((0.20, 0.60, 0.10, 0.10), 20, "not sure enough"),
+    ((0.20, 0.60, 0.10, 0.10), 20, "a low score"),
     ((0.05, 0.05, 0.85, 0.05), 30, 2),
-    ((0.05, 0.05, 0.85, 0.05), 30, 2),  # a duplicate, which is not suppressed
+    ((0.05, 0.05, 0.85, 0.05), 30, 2),  # duplicates are kept
 ]
 
 
-def test_pseudo_labels_are_what_the_teacher_is_sure_of():
+def test_pseudo_labels_are_the_teachers_confident_predictions():
     logits = logits_of(*[probabilities for probabilities, _, _ in QUERIES])
     masks = torch.stack([mask_of(area) for _, area, _ in QUERIES])
     nothing = torch.zeros_like(logits), torch.full_like(masks, -1.0)
@@ -68,7 +73,7 @@ def test_pseudo_labels_are_what_the_teacher_is_sure_of():
 
 
 @pytest.mark.parametrize("threshold, kept", [(0.4999, 1), (0.5, 0)])
-def test_the_threshold_itself_is_not_enough(threshold, kept):
+def test_a_score_must_exceed_the_threshold(threshold, kept):
     """Logits (0, 0) give a probability of exactly one half."""
     outputs = {"pred_logits": torch.tensor([[[0.0, -math.inf, 0.0]]]), "pred_masks": torch.ones(1, 1, 4, 4)}
     [found] = pseudo_labels(outputs, score_threshold=threshold, min_area=0)
@@ -86,68 +91,65 @@ def test_masks_are_larger_than_min_area(min_area):
     assert found["masks"].sum((1, 2)).tolist() == [area for area in areas if area > min_area]
 
 
-def test_a_mask_that_is_not_sure_enough_of_its_inside_is_left_out():
-    """The mean mask probability inside: 0.9 and 0.6; what lies outside does not count."""
-    inside = torch.tensor([0.9, 0.6]).logit()
-    masks = torch.where(mask_of(6) > 0, inside[:, None, None], -9.0)
-    outputs = {"pred_logits": torch.tensor([9.0, 0, 0, 0]).expand(1, 2, -1), "pred_masks": masks[None]}
-    for threshold, kept in ((0.0, 2), (0.59, 2), (0.61, 1), (0.89, 1), (0.91, 0)):
-        [found] = pseudo_labels(outputs, mask_threshold=threshold)
-        assert len(found["labels"]) == kept, threshold
-
-
-@pytest.mark.parametrize("max_overlap", [0.3, 0.5, 0.99, 1.0])
-def test_of_pseudo_labels_that_overlap_the_best_stays(max_overlap):
-    """By a loop over all pairs. Queries that are not kept anyway push out none."""
+@pytest.mark.parametrize("iou_threshold", [0.3, 0.5, 0.99, 1.0])
+def test_mask_nms_keeps_the_highest_score_among_overlapping_masks(iou_threshold):
+    """As a loop over all pairs does. Queries that are no pseudo-labels suppress none."""
     torch.manual_seed(0)
     masks = torch.full((2, 30, 8, 8), -1.0)
     for mask in masks.flatten(0, 1):
         y, x = torch.randint(0, 4, (2,)).tolist()
         mask[y : y + 4, x : x + 4] = 1.0
     outputs = {"pred_logits": 4 * torch.randn(2, 30, 4), "pred_masks": masks}
-    kept_anyway = pseudo_labels(outputs, min_area=0)
-    found = pseudo_labels(outputs, min_area=0, max_overlap=max_overlap)
-    for all_of_them, kept in zip(kept_anyway, found):
+    targets = pseudo_labels(outputs, min_area=0)
+    for before, after in zip(targets, mask_nms(targets, iou_threshold)):
         expected = []
-        for score, mask in zip(all_of_them["scores"], all_of_them["masks"]):
-            ious = (all_of_them["masks"] & mask).sum((1, 2)) / (all_of_them["masks"] | mask).sum((1, 2))
-            if not any(ious[all_of_them["scores"] > score] > max_overlap):
+        for score, mask in zip(before["scores"], before["masks"]):
+            ious = (before["masks"] & mask).sum((1, 2)) / (before["masks"] | mask).sum((1, 2))
+            if not any(ious[before["scores"] > score] > iou_threshold):
                 expected.append(score.item())
-        assert kept["scores"].tolist() == expected
-        assert (len(expected) < len(all_of_them["scores"])) == (max_overlap < 1)
+        assert after["scores"].tolist() == expected
+        assert (len(expected) < len(before["scores"])) == (iou_threshold < 1)
+        assert {name: len(value) for name, value in after.items()} == dict.fromkeys(before, len(expected))
 
 
-def test_fine_masks_are_the_teachers_at_full_resolution():
-    """Of a disc 17 pixels wide, from logits that are its signed distance, a mean of 4 x 4 pixels each."""
+def test_full_resolution_masks_are_closer_to_a_small_object():
+    """A disc 17 pixels wide, from logits that are its signed distance, averaged over 4 x 4 pixels."""
     y, x = torch.meshgrid(torch.arange(48) + 0.5, torch.arange(64) + 0.5, indexing="ij")
     distance = 8.5 - ((y - 21.3) ** 2 + (x - 33.7) ** 2).sqrt()
     low = torch.nn.functional.avg_pool2d(distance[None, None], 4)
     logits = torch.stack([logits_of((0.8, 0.1, 0.05, 0.05)), logits_of((0.1, 0.1, 0.05, 0.75))])
     outputs = {"pred_logits": logits, "pred_masks": low.expand(2, 1, 12, 16)}
-    [found, empty] = pseudo_labels(outputs, min_area=0, fine_masks=True, pixel_weights=True)
-    assert found["masks"].shape == (1, 48, 64) and empty["masks"].shape == (0, 48, 64)
-    assert found["masks"].dtype == torch.bool and found["pixel_weights"].shape == (1, 12, 16)
+    targets = pseudo_labels(outputs, min_area=0)
+    fine, empty = full_res_masks(targets)
+    assert fine["masks"].shape == (1, 48, 64) and empty["masks"].shape == (0, 48, 64)
+    assert fine["masks"].dtype == torch.bool
 
     def iou(mask):
         return ((mask & (distance > 0)).sum() / (mask | (distance > 0)).sum()).item()
 
-    [coarse, _] = pseudo_labels(outputs, min_area=0)
-    coarse = coarse["masks"].repeat_interleave(4, 1).repeat_interleave(4, 2)
-    assert iou(found["masks"]) > 0.93 > 0.87 > iou(coarse)
+    coarse = targets[0]["masks"].repeat_interleave(4, 1).repeat_interleave(4, 2)
+    assert iou(fine["masks"]) > 0.93 > 0.87 > iou(coarse)
     outputs = {"pred_logits": logits[:1], "pred_masks": low}
-    losses = SetCriterion(K, num_points=32)(outputs, [found])
-    assert sum(losses.values()).isfinite()
+    assert sum(SetCriterion(K, num_points=32)(outputs, [fine]).values()).isfinite()
 
 
-def test_pseudo_labels_may_say_how_sure_the_teacher_is_of_object_and_pixel():
-    probabilities = torch.linspace(0.05, 0.95, 48).view(1, 1, 6, 8)
-    outputs = {"pred_logits": logits_of((0.8, 0.1, 0.05, 0.05))[None], "pred_masks": probabilities.logit()}
-    [found] = pseudo_labels(outputs, pixel_weights=True, score_power=3)
-    assert found["weights"].tolist() == pytest.approx([0.8**3], rel=1e-4)
-    uncertainty = 1 - 2 * (probabilities[0] - 0.5).abs()
-    torch.testing.assert_close(found["pixel_weights"], 1 - uncertainty)
-    [found] = pseudo_labels(outputs)
-    assert not {"weights", "pixel_weights"} & found.keys(), "not in the paper"
+def test_equal_masks_with_equal_scores_leave_one_pseudo_label():
+    outputs = {
+        "pred_logits": torch.tensor([9.0, 0, 0, 0]).expand(1, 2, -1),
+        "pred_masks": torch.ones(1, 2, 8, 8),
+    }
+    [target] = mask_nms(pseudo_labels(outputs), 0.5)
+    assert len(target["labels"]) == 1
+
+
+def test_options_beyond_the_paper_are_off_by_default(make_model):
+    with torch.inference_mode():
+        outputs = make_model().eval()(255 * torch.rand(2, 3, 64, 96))
+    targets = pseudo_labels(outputs, 0.3, 0)
+    assert sum(len(target["labels"]) for target in targets) > 0
+    assert refine(targets, Config()) is targets
+    refined = refine(targets, Config(mask_nms_iou=0.2, full_res_masks=True))
+    assert same(refined, full_res_masks(mask_nms(targets, 0.2)))
 
 
 def test_no_gradient_flows_through_pseudo_labels():
@@ -161,7 +163,7 @@ def test_no_gradient_flows_through_pseudo_labels():
 
 
 def test_pseudo_labels_are_targets_of_the_criterion(make_model):
-    """Masks at stride 4 cover what pred_masks cover, so that the losses take them as they are."""
+    """Masks at stride 4 cover the same area as pred_masks, so the criterion takes them without resizing."""
     tiny = make_model()
     outputs = tiny(255 * torch.rand(2, 3, 64, 96))
     targets = pseudo_labels(outputs, score_threshold=0.0, min_area=0)
@@ -169,163 +171,101 @@ def test_pseudo_labels_are_targets_of_the_criterion(make_model):
     assert sum(SetCriterion(K, num_points=32)(outputs, targets).values()).isfinite()
 
 
-# --------------------------------------------------------------------------------------- the guided step
+# ------------------------------------------------------------------------------------- the training steps
 
 
-class Spy(nn.Module):
-    """Passes on what the model gives, and remembers what it was shown and gave."""
+class Recorder:
+    """Runs one step of a phase on fixed batches, and records what it used: models, losses, gradients."""
 
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.seen, self.outputs = model, [], []
+    def __init__(self, monkeypatch, make_model, phase, with_strong_view=True, num_images=2, **options):
+        options = {"score_threshold": 0.34, "steps": (1, 1, 1), "clip_grad_norm": 0.0, "lr": 0.0, **options}
+        self.cfg = Config(num_points=32, eval_every=0, **options)
+        self.student, self.teacher = make_model(seed=1), make_model(seed=2).eval().requires_grad_(False)
+        with torch.no_grad():
+            self.teacher.decoder.class_head.bias[-1] -= 10  # hardly ever "no object"
+        self.criterion = SetCriterion(K, num_points=32)
+        self.seen = {"student": [], "teacher": []}
+        for name, model in (("student", self.student), ("teacher", self.teacher)):
+            model.register_forward_pre_hook(lambda _, args, name=name: self.seen[name].append(args[0]))
+        self.teacher.register_forward_hook(lambda _, args, outputs: setattr(self, "outputs", outputs))
+        self.x, u = batches(num_images)
+        self.u = u if with_strong_view else {**u, "strong": u["image"]}
+        data = SimpleNamespace(
+            env=ENV,
+            train=SimpleNamespace(class_names=["a", "b", "c"]),
+            labeled_batches=lambda *_, **__: iter([self.x]),
+            unlabeled_batches=lambda *_: iter([self.u]),
+        )
+        module = {"guided_burn_in": burnin, "distill": distill}[phase]
+        models = iter([self.teacher] if phase == "guided_burn_in" else [self.student, self.teacher])
+        checkpoint = {"model_args": {}, "optimizer": None}
+        replacements = {
+            "load_model": lambda *_: next(models),
+            "build_model": lambda *_: self.student,
+            "describe": lambda *_: {},
+            "model_arguments": lambda *_: {},
+            "load_teacher_checkpoint": lambda *_: checkpoint,
+            "load_student_checkpoint": lambda *_: checkpoint,
+            "load_moments": lambda *_: None,
+            "Checkpointer": FakeCheckpointer,
+            "Metrics": lambda *_: None,
+            "log_guided_step": self.log,
+            "evaluate_if_due": lambda *_: None,
+            "finish_phase": lambda *_: None,
+            "seed_step": lambda *_: self.before_step(),
+            "GuardedStep": lambda *_: self.optimizer_step,
+        }
+        for name, replacement in replacements.items():
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, replacement)
+        self.reads = None
+        getattr(module, phase)(self.cfg, ENV, data, self.criterion)
 
-    def forward(self, images):
-        self.seen.append(images)
-        self.outputs.append(self.model(images))
-        return self.outputs[-1]
+    def before_step(self):
+        torch.manual_seed(5)
+        self.host = HostReads()
+        self.host.__enter__()
+
+    def optimizer_step(self, where, losses, files):
+        self.host.__exit__(None, None, None)
+        self.reads, self.losses, self.files = self.host.reads, losses, files
+        return True
+
+    def log(self, metrics, step, losses_x, losses_u, pseudo, *_):
+        self.losses_x, self.losses_u, self.pseudo = losses_x, losses_u, pseudo
+
+
+class FakeCheckpointer:
+    def __init__(self, *_):
+        pass
+
+    def resume(self, _):
+        return 0
+
+    def save_if_due(self, _):
+        pass
 
 
 def batches(B=2, H=64, W=96, seed=0):
-    """A labelled and an unlabelled batch."""
+    """Return a labeled and an unlabeled batch."""
     generator = torch.Generator().manual_seed(seed)
 
-    def image():
-        return torch.randint(0, 256, (3, H, W), generator=generator).to(torch.uint8)
+    def images():
+        return torch.randint(0, 256, (B, 3, H, W), generator=generator).to(torch.uint8)
 
-    labelled = [
-        {
-            "image": image(),
-            "labels": torch.tensor([b, 2]),
-            "masks": torch.rand(2, H, W, generator=generator) > 0.5,
-        }
+    targets = [
+        {"labels": torch.tensor([b, 2]), "masks": torch.rand(2, H, W, generator=generator) > 0.5}
         for b in range(B)
     ]
-    return labelled, [{"image": image(), "strong": image()} for _ in range(B)]
-
-
-NOT_IN_THE_PAPER = {
-    "mask_threshold": 0.0,
-    "max_overlap": 1.0,
-    "fine_masks": False,
-    "pixel_weights": False,
-    "score_power": 0.0,
-}
-
-
-@pytest.fixture
-def step(make_model):
-    """A guided step of a student and a teacher who finds something, with all that it used and returned."""
-    torch.manual_seed(0)
-    student, teacher = Spy(make_model(seed=1)), Spy(make_model(seed=2))
-    with torch.no_grad():
-        teacher.model.decoder.class_head.bias[-1] -= 10  # hardly ever "no object"
-    labelled, unlabelled = batches()
-    cfg = SimpleNamespace(score_threshold=0.34, min_area=5, **NOT_IN_THE_PAPER)
-    criterion = SetCriterion(K, num_points=32)
-    losses, guided_losses, targets = guided_step(student, teacher, criterion, labelled, unlabelled, cfg, CPU)
-    return SimpleNamespace(
-        student=student,
-        teacher=teacher,
-        criterion=criterion,
-        labelled=labelled,
-        unlabelled=unlabelled,
-        cfg=cfg,
-        losses=losses,
-        guided_losses=guided_losses,
-        targets=targets,
-    )
-
-
-def test_the_teacher_sees_the_weak_and_the_student_the_strong_view(step):
-    weak, strong = (torch.stack([item[name] for item in step.unlabelled]) for name in ("image", "strong"))
-    assert len(step.teacher.seen) == 1 and torch.equal(step.teacher.seen[0], weak)
-    shown_to_student = torch.cat(step.student.seen)
-    labelled = torch.stack([item["image"] for item in step.labelled])
-    assert torch.equal(shown_to_student, torch.cat([labelled, strong]))
-
-
-def test_without_a_strong_view_the_student_sees_the_weak_one(step):
-    for item in step.unlabelled:
-        del item["strong"]
-    step.student.seen.clear()
-    arguments = step.labelled, step.unlabelled, step.cfg, CPU
-    guided_step(step.student, step.teacher, step.criterion, *arguments)
-    weak = torch.stack([item["image"] for item in step.unlabelled])
-    assert torch.equal(torch.cat(step.student.seen)[-len(weak) :], weak)
-
-
-def test_the_teacher_gets_no_gradient_and_the_student_does(step):
-    assert not any(
-        value.requires_grad for value in step.teacher.outputs[0].values() if torch.is_tensor(value)
-    )
-    (sum(step.losses.values()) + 2 * sum(step.guided_losses.values())).backward()
-    assert all(parameter.grad is None for parameter in step.teacher.parameters())
-    for name, parameter in step.student.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-
-
-def test_pseudo_labels_are_those_of_the_teachers_weak_view(step):
-    expected = pseudo_labels(step.teacher.outputs[0], step.cfg.score_threshold, step.cfg.min_area)
-    assert sum(len(target["labels"]) for target in expected) > 0
-    for found, target in zip(step.targets, expected, strict=True):
-        assert all(torch.equal(found[name], target[name]) for name in ("labels", "masks", "scores"))
-
-
-def test_both_losses_have_every_part_of_every_prediction(step):
-    names = {f"loss_{part}{suffix}" for part in ("ce", "mask", "dice") for suffix in ("", "_0", "_1")}
-    assert set(step.losses) == set(step.guided_losses) == names
-    assert all(value.isfinite() and value.ndim == 0 for value in step.losses.values())
-
-
-def test_the_guided_step_is_the_supervised_loss_and_the_loss_against_pseudo_labels(make_model, step):
-    """Each as if its images had gone through the student alone, with the same random points."""
-    student = step.student.model
-    strong = torch.stack([item["strong"] for item in step.unlabelled])
-    torch.manual_seed(5)
-    losses, guided_losses, _ = guided_step(
-        student, step.teacher, step.criterion, step.labelled, step.unlabelled, step.cfg, CPU
-    )
-    torch.manual_seed(5)
-    outputs = student(torch.stack([item["image"] for item in step.labelled])), student(strong)
-    pairs = [step.criterion.match(*both) for both in zip(outputs, (step.labelled, step.targets))]
-    expected = step.criterion(outputs[0], step.labelled, pairs=pairs[0])
-    guided_expected = step.criterion(outputs[1], step.targets, pairs=pairs[1])
-    for name in losses:
-        torch.testing.assert_close(losses[name], expected[name], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(guided_losses[name], guided_expected[name], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("parts, sizes", [(2, [3, 3]), (4, [2, 2, 2]), (9, [1] * 6)])
-def test_a_batch_in_parts_has_the_losses_and_the_gradient_of_the_whole(make_model, step, parts, sizes):
-    labelled, unlabelled = batches(3)
-    results = []
-    for wrap in (lambda model: model, lambda model: engine.InParts(model, parts)):
-        spy = Spy(make_model(seed=1))
-        torch.manual_seed(5)
-        losses, guided_losses, targets = guided_step(
-            wrap(spy), step.teacher, step.criterion, labelled, unlabelled, step.cfg, CPU
-        )
-        (sum(losses.values()) + 2 * sum(guided_losses.values())).backward()
-        results.append([*losses.values(), *guided_losses.values(), *(p.grad for p in spy.parameters())])
-    assert sum(len(target["labels"]) for target in targets) > 0
-    assert sorted(len(images) for images in spy.seen) == sorted(2 * sizes)  # forward, and again for backward
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_what_predictions_share_is_joined_once():
-    parts = [{"x": torch.ones(n, 2), "rest": [{"y": torch.zeros(n)}]} for n in (1, 2)]
-    for part in parts:
-        part["rest"][0]["x"] = part["x"]
-    whole = engine.join(parts)
-    assert whole["x"].shape == (3, 2) and whole["rest"][0]["y"].shape == (3,)
-    assert whole["x"] is whole["rest"][0]["x"]
+    x = {"image": images(), "targets": targets, "file": ["x.png"] * B}
+    return x, {"image": images(), "strong": images(), "file": ["u.png"] * B}
 
 
 class HostReads(TorchFunctionMode):
-    """Counts what would make a program wait for results of its GPU: reading a tensor that is not known to be
-    on the host. Known are tensors made without a device and by .cpu(), and what follows from these alone.
-    Copies to the GPU are not counted."""
+    """Counts the reads that would make a program wait for its GPU, of tensors that may lie there.
+
+    Tensors made without a device or by .cpu(), and what is computed from these alone, lie on the host. Copies
+    to the GPU are not counted."""
 
     READS = ("cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 
@@ -350,40 +290,185 @@ class HostReads(TorchFunctionMode):
         return result
 
 
-def test_a_guided_step_reads_from_a_gpu_twice(step):
-    """For the pseudo-labels, whose number is needed, and for all matching of the step."""
-    with HostReads() as host:
-        guided_step(step.student, step.teacher, step.criterion, step.labelled, step.unlabelled, step.cfg, CPU)
-    assert host.reads == ["cpu", "cpu"]
+@pytest.fixture(params=["guided_burn_in", "distill"])
+def run_step(request, monkeypatch, make_model):
+    """run_step(**options) runs one step of phase 2 or 3; both are written out, so both are tested."""
+    return lambda **options: Recorder(monkeypatch, make_model, request.param, **options)
 
 
-def test_a_supervised_step_reads_from_a_gpu_once(step):
+def test_the_teacher_sees_the_weak_view_and_the_student_the_strong_view(run_step):
+    step = run_step()
+    assert len(step.seen["teacher"]) == 1 and torch.equal(step.seen["teacher"][0], step.u["image"])
+    assert torch.equal(torch.cat(step.seen["student"]), torch.cat([step.x["image"], step.u["strong"]]))
+
+
+def test_without_a_strong_view_the_student_sees_the_weak_view(run_step):
+    step = run_step(with_strong_view=False)
+    assert torch.equal(torch.cat(step.seen["student"])[2:], step.u["image"])
+
+
+def test_the_student_gets_all_gradients_and_the_teacher_none(run_step):
+    step = run_step()
+    assert not any(value.requires_grad for value in step.outputs.values() if torch.is_tensor(value))
+    assert all(parameter.grad is None for parameter in step.teacher.parameters())
+    for name, parameter in step.student.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_pseudo_labels_come_from_the_teachers_weak_view(run_step):
+    step = run_step()
+    expected = pseudo_labels(step.outputs, step.cfg.score_threshold, step.cfg.min_area)
+    assert sum(len(target["labels"]) for target in expected) > 0
+    for found, target in zip(step.pseudo, expected, strict=True):
+        assert all(torch.equal(found[name], target[name]) for name in ("labels", "masks", "scores"))
+
+
+def test_pseudo_labels_are_refined_as_the_options_say(run_step):
+    step = run_step(mask_nms_iou=0.2, full_res_masks=True)
+    expected = pseudo_labels(step.outputs, step.cfg.score_threshold, step.cfg.min_area)
+    assert same(step.pseudo, full_res_masks(mask_nms(expected, 0.2)))
+
+
+def test_both_losses_have_every_part_of_every_prediction(run_step):
+    step = run_step()
+    names = {f"loss_{part}{suffix}" for part in ("ce", "mask", "dice") for suffix in ("", "_0", "_1")}
+    assert set(step.losses_x) == set(step.losses_u) == names
+    assert set(step.losses) == names | {f"unlabeled_{name}" for name in names}
+    assert all(value.isfinite() and value.ndim == 0 for value in step.losses.values())
+    assert step.files == ["x.png"] * 2 + ["u.png"] * 2
+
+
+def test_the_gradient_is_that_of_the_supervised_loss_plus_the_weighted_loss_on_pseudo_labels(
+    run_step, make_model
+):
+    """Each computed as if its images had gone through the student alone, with the same random points."""
+    step = run_step(unsupervised_weight=3.0)
+    student = make_model(seed=1).train(step.student.training)
+    torch.manual_seed(5)
+    losses_x = step.criterion(student(step.x["image"]), step.x["targets"])
+    losses_u = step.criterion(student(step.u["strong"]), step.pseudo)
+    for name in losses_x:
+        torch.testing.assert_close(step.losses_x[name], losses_x[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(step.losses_u[name], losses_u[name], rtol=1e-4, atol=1e-4)
+    (sum(losses_x.values()) + 3.0 * sum(losses_u.values())).backward()
+    for found, expected in zip(step.student.parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("micro_batches, sizes", [(2, [3, 3]), (4, [2, 2, 2]), (9, [1] * 6)])
+def test_micro_batches_have_the_losses_and_the_gradient_of_the_whole_batch(run_step, micro_batches, sizes):
+    whole, parts = run_step(num_images=3), run_step(num_images=3, grad_accum_steps=micro_batches)
+    assert sum(len(target["labels"]) for target in parts.pseudo) > 0
+    seen = sorted(len(images) for images in parts.seen["student"])
+    assert seen == sorted(2 * sizes), "each runs forward, and again for the backward pass"
+    for name in whole.losses:
+        torch.testing.assert_close(parts.losses[name], whole.losses[name], rtol=1e-4, atol=1e-4)
+    for found, expected in zip(parts.student.parameters(), whole.student.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_a_guided_step_reads_from_a_gpu_three_times(run_step):
+    """Once for the number of pseudo-labels, and once for each of the two matchings."""
+    assert run_step().reads == ["cpu", "cpu", "cpu"]
+
+
+def test_the_criterion_reads_from_a_gpu_once(make_model):
+    x, _ = batches()
+    outputs = make_model()(x["image"])
     with HostReads() as host:
-        losses = supervised_step(step.student, step.criterion, step.labelled, CPU)
-        sum(losses.values()).backward()
+        sum(
+            SetCriterion(K, num_points=32)(outputs, x["targets"], num_objects(x["targets"], ENV)).values()
+        ).backward()
     assert host.reads == ["cpu"]
 
 
-def test_what_reads_from_a_gpu_is_counted():
-    mask, values = torch.ones(3, device=CPU) > 0, torch.ones(3, device=CPU)
+def test_reads_from_a_gpu_are_counted():
+    mask, values = torch.ones(3, device="cpu") > 0, torch.ones(3, device="cpu")
     with HostReads() as host:
         values[mask], values.sum().item(), values.cpu().sum().item(), bool(values.sum() > 0)
         assert not values.cpu().sum() < 0
     assert host.reads == ["__getitem__", "item", "cpu", "__bool__", "cpu"]
 
 
-def test_a_teacher_that_is_sure_of_nothing_guides_to_no_mask(step):
-    cfg = SimpleNamespace(score_threshold=1.0, min_area=5, **NOT_IN_THE_PAPER)
-    _, guided_losses, targets = guided_step(
-        step.student, step.teacher, step.criterion, step.labelled, step.unlabelled, cfg, CPU
-    )
-    assert all(len(target["labels"]) == 0 for target in targets)
-    for name, value in guided_losses.items():
+def test_a_teacher_without_confident_predictions_gives_no_mask_loss(run_step):
+    step = run_step(score_threshold=1.0)
+    assert all(len(target["labels"]) == 0 for target in step.pseudo)
+    for name, value in step.losses_u.items():
         assert (value == 0) == (not name.startswith("loss_ce")), name
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_the_teacher_of_phase_3_follows_the_student_after_each_step(monkeypatch, make_model, decay):
+    start = copies(make_model(seed=2))
+    start["decoder.class_head.bias"][-1] -= 10
+    step = Recorder(monkeypatch, make_model, "distill", ema_decay=decay)
+    for name, value in step.teacher.state_dict().items():
+        expected = decay * start[name] + (1 - decay) * step.student.state_dict()[name]
+        torch.testing.assert_close(value, expected.to(value.dtype))
+
+
+def test_the_teacher_of_phase_2_is_frozen(monkeypatch, make_model):
+    start = copies(make_model(seed=2))
+    start["decoder.class_head.bias"][-1] -= 10
+    assert same(dict(Recorder(monkeypatch, make_model, "guided_burn_in").teacher.state_dict()), start)
+
+
+def test_a_skipped_step_leaves_the_teacher_alone(monkeypatch, make_model):
+    monkeypatch.setattr(
+        Recorder, "optimizer_step", lambda self, *_: self.host.__exit__(None, None, None) and False
+    )
+    step = Recorder(monkeypatch, make_model, "distill", ema_decay=0.0)
+    assert not hasattr(step, "pseudo"), "nothing is logged"
+    assert not torch.equal(step.teacher.decoder.class_head.bias, step.student.decoder.class_head.bias)
+
+
+def test_a_skipped_first_step_keeps_the_statistics_of_the_resumed_checkpoint(monkeypatch, make_model):
+    model = make_model(norm="batch")
+    statistics = [m.running_mean for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert statistics
+
+    class Resuming(FakeCheckpointer):
+        def __init__(self, *_, **__):
+            pass
+
+        def resume(self, _):
+            for mean in statistics:
+                mean.fill_(7.0)
+            return 0
+
+    data = SimpleNamespace(labeled_batches=lambda *_, **__: iter([batches()[0]]))
+    for name, value in {
+        "Checkpointer": Resuming,
+        "Metrics": lambda *_: None,
+        "describe": lambda *_: {},
+    }.items():
+        monkeypatch.setattr(burnin, name, value)
+    monkeypatch.setattr(burnin, "finish_phase", lambda *_, **__: None)
+    nothing = {"loss_ce": torch.tensor(math.nan, requires_grad=True)}
+
+    def criterion(outputs, *_):
+        return {name: value * outputs["pred_logits"].sum() for name, value in nothing.items()}
+
+    burnin.train_supervised(Config(steps=(1, 1, 1)), ENV, data, criterion, "teacher", 1, model)
+    assert all(torch.equal(mean, torch.full_like(mean, 7.0)) for mean in statistics)
+
+
+# ------------------------------------------------------------------------------- splitting and concatenating
+
+
+def test_shared_tensors_are_concatenated_once(make_model):
+    images = 255 * torch.rand(3, 3, 64, 64)
+    model = make_model().eval()
+    parts = [model(images[:1]), model(images[1:])]
+    whole = concat_outputs(parts)
+    assert all(p["mask_features"] is whole["mask_features"] for p in whole["aux_outputs"])
+    assert len(whole["pred_logits"]) == 3 and len(whole["aux_outputs"]) == len(parts[0]["aux_outputs"])
+    for b, part in enumerate(parts[0]["pred_masks"]):
+        assert torch.equal(whole["pred_masks"][b], part)
+
+
 def test_outputs_are_split_by_image(make_model):
-    outputs = make_model()(255 * torch.rand(3, 3, 32, 32))
+    outputs = make_model()(255 * torch.rand(3, 3, 64, 64))
     first, others = split_outputs(outputs, 1)
     for whole, a, b in zip(
         [outputs, *outputs["aux_outputs"]], [first, *first["aux_outputs"]], [others, *others["aux_outputs"]]
@@ -392,22 +477,24 @@ def test_outputs_are_split_by_image(make_model):
             assert torch.equal(a[name], whole[name][:1]) and torch.equal(b[name], whole[name][1:])
 
 
-def test_alone_a_process_divides_by_its_own_objects(make_model):
-    labelled, _ = batches()
-    outputs = make_model()(torch.stack([item["image"] for item in labelled]))
-    criterion = SetCriterion(K, num_points=32)
-    torch.manual_seed(0)
-    expected = criterion(outputs, labelled, num_objects=4)
-    torch.manual_seed(0)
-    for name, value in set_losses(criterion, outputs, labelled).items():
-        torch.testing.assert_close(value, expected[name])
+def test_micro_batched_returns_what_the_model_returns(make_model):
+    model, images = make_model().eval(), 255 * torch.rand(3, 3, 64, 64)
+    for name in ("pred_logits", "pred_masks"):
+        torch.testing.assert_close(
+            MicroBatched(model, 2)(images)[name], model(images)[name], rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_single_process_divides_by_its_own_objects():
+    x, _ = batches()
+    assert num_objects(x["targets"], ENV) == 4
 
 
 # --------------------------------------------------------------------------------------- the EMA teacher
 
 
 def network(seed):
-    """With parameters, a running mean and variance, and a whole number that counts batches."""
+    """Return a module with parameters, floating-point buffers and an integer buffer."""
     torch.manual_seed(seed)
     module = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
     module.train()(torch.randn(8, 4))
@@ -420,8 +507,8 @@ def copies(module):
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.9996, 1.0])
 @pytest.mark.parametrize("steps", [1, 7, 50])
-def test_the_teacher_follows_a_resting_student_in_closed_form(decay, steps):
-    """After n steps: decay^n of what it was, 1 - decay^n of the student."""
+def test_the_teacher_approaches_a_constant_student_in_closed_form(decay, steps):
+    """After n steps the teacher is decay^n of its start plus 1 - decay^n of the student."""
     teacher, student = network(0).requires_grad_(False), network(1)
     start = copies(teacher)
     for _ in range(steps):
@@ -447,7 +534,7 @@ def test_the_teacher_follows_a_moving_student():
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9, 1.0])
-def test_whole_numbers_are_copied(decay):
+def test_integer_buffers_are_copied(decay):
     teacher, student = network(0), network(1)
     student[1].num_batches_tracked += 41
     ema_update(teacher, student, decay)
@@ -488,6 +575,6 @@ def test_the_teacher_shares_no_memory_with_the_student(make_model):
     assert all(torch.equal(value, kept[name]) for name, value in teacher.state_dict().items())
 
 
-def test_a_teacher_of_another_form_is_an_error():
+def test_a_teacher_of_another_architecture_is_an_error():
     with pytest.raises((ValueError, RuntimeError)):
         ema_update(network(0), nn.Linear(4, 5), 0.9)

@@ -1,10 +1,12 @@
 """The model: every formula against a plain one, and what the whole of it promises."""
 
+import inspect
 import math
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +15,16 @@ import torch
 from conftest import TINY
 from torch import nn
 
+import deform_attn_cpu
 import model
 from model import (
     Attention,
     DecoderLayer,
     Mask2Former,
     MSDeformAttn,
+    Outputs,
     attention_mask,
-    ms_deform_attn,
-    pixel_centres,
+    pixel_centers,
     sine_positions,
 )
 
@@ -65,20 +68,26 @@ def deformable_attention_by_loops(value, shapes, locations, weights, bilinear):
     return output.flatten(2)
 
 
-def test_deformable_attention_equals_a_loop_over_samples(bilinear):
+@pytest.fixture(params=[model, deform_attn_cpu], ids=["plain", "cpu"])
+def ms_deform_attn(request):
+    """Two of the three forms of the operator; test_triton.py compares the third with the plain one."""
+    return request.param.ms_deform_attn
+
+
+def test_deformable_attention_equals_a_loop_over_samples(ms_deform_attn, bilinear):
     value, locations, weights = attention_inputs()
     assert ((locations < 0) | (locations > 1)).any()
     expected = deformable_attention_by_loops(value, SHAPES, locations, weights, bilinear)
     torch.testing.assert_close(ms_deform_attn(value, SHAPES, locations, weights), expected)
 
 
-def test_deformable_attention_has_the_right_gradients():
+def test_deformable_attention_has_the_right_gradients(ms_deform_attn):
     inputs = [tensor.requires_grad_() for tensor in attention_inputs(B=1, N=2)]
     assert torch.autograd.gradcheck(lambda v, x, w: ms_deform_attn(v, SHAPES, x, w), inputs)
 
 
 @pytest.mark.parametrize("spread", [0.3, 3.0, 1e6])
-def test_deformable_attention_and_its_gradients_equal_the_plain_form_of_other_code(spread):
+def test_deformable_attention_and_its_gradients_equal_those_of_other_code(ms_deform_attn, spread):
     """Also where nearly all samples are outside; edges between pixels are met by chance alone."""
     from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
 
@@ -96,35 +105,52 @@ def test_deformable_attention_and_its_gradients_equal_the_plain_form_of_other_co
         )
 
 
-def test_deformable_attention_keeps_no_samples_for_the_backward_pass():
+def test_the_cpu_form_keeps_no_samples_for_the_backward_pass():
     inputs = [tensor.requires_grad_() for tensor in attention_inputs()]
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        ms_deform_attn(inputs[0], SHAPES, *inputs[1:])
+        deform_attn_cpu.ms_deform_attn(inputs[0], SHAPES, *inputs[1:])
     assert sum(t.numel() for t in kept) <= sum(t.numel() for t in inputs)
 
 
-def test_deformable_attention_of_locations_that_are_not_numbers_is_zero():
+def test_deformable_attention_of_locations_that_are_not_numbers_is_zero(ms_deform_attn):
     value, locations, weights = attention_inputs()
     locations[0, 1], locations[0, 2] = math.nan, math.inf
     output = ms_deform_attn(value, SHAPES, locations, weights)
     assert (output[0, 1:3] == 0).all() and output.isfinite().all()
 
 
-def test_products_of_rows_are_the_same_with_and_without_sparse_matrices():
+def test_gathered_dot_products_equal_those_of_gathered_rows():
     left, right, index = (
         torch.randn(7, 5),
         torch.randn(20, 5),
         torch.randint(0, 20, (7, 3), dtype=torch.int32),
     )
     expected = (right[index.long()] * left[:, None]).sum(-1)
-    torch.testing.assert_close(model.products(left, index, right), expected)
+    torch.testing.assert_close(deform_attn_cpu.gathered_dot(left, index, right), expected)
 
 
-def test_deformable_attention_refuses_shapes_that_do_not_fit_the_value():
+def test_deformable_attention_refuses_shapes_that_do_not_fit_the_value(ms_deform_attn):
     value, locations, weights = attention_inputs()
     with pytest.raises(ValueError, match="positions"):
         ms_deform_attn(value[:, 1:], SHAPES, locations, weights)
+
+
+def test_the_form_of_deformable_attention_follows_from_the_device(monkeypatch):
+    """Triton needs a GPU of capability 8.0; an export and a missing file leave the plain form."""
+    choose = model.fastest_ms_deform_attn
+    monkeypatch.setattr(model, "ms_deform_attn_triton", "triton")
+    for capability, expected in (((7, 5), model.ms_deform_attn), ((8, 0), "triton"), ((9, 0), "triton")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert choose(torch.device("cuda")) is expected
+    assert choose(torch.device("mps")) is model.ms_deform_attn
+    assert choose(torch.device("cpu")) is deform_attn_cpu.ms_deform_attn
+    monkeypatch.setattr(model, "ms_deform_attn_cpu", None)
+    monkeypatch.setattr(model, "ms_deform_attn_triton", None)
+    assert choose(torch.device("cpu")) is choose(torch.device("cuda")) is model.ms_deform_attn
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert choose(torch.device("cpu")) is model.ms_deform_attn
 
 
 @pytest.mark.parametrize("num_heads", [1, 4, 8])
@@ -173,9 +199,9 @@ def test_a_width_that_does_not_divide_into_heads_is_refused():
 # ---------------------------------------------------------------------------------------- positions
 
 
-def test_pixel_centres_run_row_by_row():
+def test_pixel_centers_run_row_by_row():
     expected = [((x + 0.5) / 4, (y + 0.5) / 3) for y in range(3) for x in range(4)]
-    torch.testing.assert_close(pixel_centres(3, 4), torch.tensor(expected))
+    torch.testing.assert_close(pixel_centers(3, 4), torch.tensor(expected))
 
 
 @pytest.mark.parametrize("C, H, W", [(8, 3, 5), (32, 7, 4)])
@@ -286,22 +312,90 @@ def test_decoder_layers_read_stride_32_16_8_in_turn_where_the_last_mask_was(make
 @pytest.mark.parametrize("H, W", [(64, 96), (130, 97), (32, 32), (1, 33)])
 def test_outputs_have_the_documented_shapes_for_any_size(make_model, H, W):
     outputs = make_model()(image_batch(2, H, W))
-    assert set(outputs) == {"pred_logits", "mask_embed", "mask_features", "aux_outputs"}
+    assert set(outputs) == {"pred_logits", "pred_masks", "mask_embed", "mask_features", "aux_outputs"}
     assert len(outputs["aux_outputs"]) == TINY["decoder_layers"]
     for prediction in [outputs, *outputs["aux_outputs"]]:
         assert prediction["pred_logits"].shape == (2, 6, 3 + 1)
         assert prediction["pred_masks"].shape == (2, 6, 8 * math.ceil(H / 32), 8 * math.ceil(W / 32))
 
 
-def test_masks_are_made_when_they_are_asked_for(make_model):
+@pytest.fixture
+def products(monkeypatch):
+    """A list with an entry for each time that masks are computed."""
+    products, einsum = [], torch.einsum
+    monkeypatch.setattr(torch, "einsum", lambda *args: products.append(args) or einsum(*args))
+    return products
+
+
+def factors(B=2, Q=3, C=4, K=5):
+    return dict(
+        pred_logits=torch.randn(B, Q, K + 1),
+        mask_embed=torch.randn(B, Q, C),
+        mask_features=torch.randn(B, C, 6, 7),
+    )
+
+
+def test_masks_are_computed_when_they_are_asked_for_and_then_kept(make_model, products):
     outputs = make_model()(image_batch())
     for prediction in [outputs, *outputs["aux_outputs"]]:
-        assert "pred_masks" not in prediction
-        product = torch.einsum("bqc,bchw->bqhw", prediction["mask_embed"], prediction["mask_features"])
-        assert torch.equal(prediction["pred_masks"], product)
-        assert prediction["pred_masks"] is prediction["pred_masks"]
-        with pytest.raises(KeyError, match="pred_mask"):
-            prediction["pred_mask"]
+        assert "pred_masks" in prediction and "pred_masks" in list(prediction) and len(prediction) >= 4
+        assert {"pred_masks"} <= prediction.keys() and "pred_masks" not in prediction.stored
+        assert not products
+        masks = prediction["pred_masks"]
+        assert len(products) == 1 and prediction["pred_masks"] is masks and len(products) == 1
+        expected = (prediction["mask_embed"] @ prediction["mask_features"].flatten(2)).view_as(masks)
+        torch.testing.assert_close(masks, expected)
+        products.clear()
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_outputs_are_a_mapping_in_every_way(late):
+    entries = factors()
+    masks = torch.einsum("bqc,bchw->bqhw", entries["mask_embed"], entries["mask_features"])
+    if late:
+        make, whole = lambda: Outputs(**entries), {**entries, "pred_masks": masks}
+    else:
+        whole = {"pred_logits": entries["pred_logits"], "pred_masks": masks}
+        make = lambda: Outputs(**whole)  # noqa: E731
+
+    def same(found):
+        return found.keys() == whole.keys() and all(torch.equal(found[key], whole[key]) for key in whole)
+
+    assert isinstance(make(), Mapping) and same(make()) and same(dict(make())) and same({**make()})
+    assert same(dict(make().items())) and same((lambda **kwargs: kwargs)(**make()))
+    assert same(dict(zip(make(), make().values()))) and len(make()) == len(whole) == len(list(make()))
+    assert same(Outputs(**make())) and same({key: make().get(key) for key in whole})
+    assert all(key in make() for key in whole) and "pred_mask" not in make() and 3 not in make()
+    assert make().get("pred_mask") is None and make().get("aux_outputs", []) == []
+    with pytest.raises(KeyError, match="pred_mask"):
+        make()["pred_mask"]
+    with pytest.raises(TypeError):
+        make()["pred_masks"] = masks
+
+
+def test_outputs_hold_the_earlier_predictions_where_there_are_some():
+    earlier, entries = [Outputs(**factors())], factors()
+    assert "aux_outputs" not in Outputs(**entries)
+    assert Outputs(**entries, aux_outputs=earlier)["aux_outputs"] is earlier
+    assert Outputs(**entries, aux_outputs=[])["aux_outputs"] == []
+
+
+def test_outputs_need_masks_or_both_of_their_factors():
+    for missing in ("mask_embed", "mask_features"):
+        entries = factors()
+        del entries[missing]
+        with pytest.raises(ValueError, match="mask_embed and mask_features"):
+            Outputs(**entries)
+
+
+def test_masks_that_are_read_without_gradient_first_have_one_later():
+    entries = factors()
+    entries["mask_embed"].requires_grad_()
+    outputs = Outputs(**entries)
+    with torch.no_grad():
+        assert not outputs["pred_masks"].requires_grad
+    outputs["pred_masks"].sum().backward()
+    assert entries["mask_embed"].grad.any()
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "resnet50", "resnet50d", "resnext50_32x4d"])
@@ -309,7 +403,7 @@ def test_a_frozen_norm_within_its_convolution_changes_nothing(name, monkeypatch)
     """Against timm's own model, with the norms behind the convolutions; gradients too."""
     torch.manual_seed(0)
     folded = model.build_backbone(name).double()
-    monkeypatch.setattr(model, "_fold_frozen_norms", lambda body: None)
+    monkeypatch.setattr(model, "fold_frozen_batch_norms", lambda body: None)
     plain = model.build_backbone(name).double()
     for key, value in folded.state_dict().items():
         if key.endswith("running_mean"):
@@ -318,8 +412,8 @@ def test_a_frozen_norm_within_its_convolution_changes_nothing(name, monkeypatch)
             value.uniform_(0.5, 1.5)
     plain.load_state_dict(folded.state_dict())
     types = [type(module) for module in folded.modules()]
-    assert types.count(model.FoldedConv2d) == types.count(model.FoldedNorm) > 8
-    assert not any(isinstance(module, model.FoldedConv2d) for module in plain.modules())
+    assert types.count(model.ConvFrozenBN) == types.count(model.IdentityNorm) > 8
+    assert not any(isinstance(module, model.ConvFrozenBN) for module in plain.modules())
     images = torch.randn(1, 3, 64, 64, dtype=torch.float64)
     for found, expected in zip(folded(images), plain(images), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -439,17 +533,51 @@ def test_local_backbone_weights_are_read(make_model, tmp_path):
     "file, names",
     [
         ("model.py", "Mask2Former, ms_deform_attn"),
+        ("deform_attn_cpu.py", "ms_deform_attn, linear, prefers_channels_last"),
         ("matcher.py", "HungarianMatcher, SetCriterion"),
-        ("data.py", "CocoDataset, stream"),
-        ("shapes.py", "write_shapes"),
+        ("data.py", "CocoDataset, endless_batches"),
+        ("layouts/shapes.py", "write_shapes"),
     ],
 )
 def test_a_module_can_be_copied_out_alone(tmp_path, file, names):
-    shutil.copy(Path(model.__file__).parent / file, tmp_path)
+    run_alone(tmp_path, [file], f"from {Path(file).stem} import {names}")
+
+
+def run_alone(folder, files, code):
+    """Run code in a folder with nothing but these files of the project."""
+    for file in files:
+        shutil.copy(Path(model.__file__).parent / file, folder)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", f"from {file.removesuffix('.py')} import {names}"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", [model, deform_attn_cpu])
+def test_the_example_in_a_docstring_runs_alone(tmp_path, module):
+    lines = inspect.getdoc(module).splitlines()
+    code = "\n".join(line.removeprefix("    ") for line in lines if line.startswith("    "))
+    assert "import" in code and "assert" in code
+    run_alone(tmp_path, [Path(module.__file__).name], code)
+
+
+def test_the_model_is_the_same_without_its_fast_kernels(make_model, monkeypatch):
+    """As if deform_attn_cpu.py were not there: outputs and gradients."""
+    results = []
+    for fast in (True, False):
+        if not fast:
+            monkeypatch.setattr(model, "ms_deform_attn_cpu", None)
+            monkeypatch.setattr(model, "linear", nn.functional.linear)
+            monkeypatch.setattr(model, "prefers_channels_last", lambda _: False)
+        tiny = make_model().double()
+        with torch.no_grad():  # Initially samples lie on pixel centers, where the gradient has a step.
+            for parameter in tiny.parameters():
+                parameter += 0.02 * torch.randn_like(parameter)
+        outputs = tiny(image_batch().double())
+        sum(tensor.square().mean() for tensor in flat(outputs)).backward()
+        results.append([*flat(outputs), *(parameter.grad for parameter in tiny.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
 def test_the_model_is_seeded_by_torch_alone(make_model):
@@ -463,7 +591,7 @@ def test_the_model_is_seeded_by_torch_alone(make_model):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 def test_many_tokens_through_a_convolution_are_the_same_linear_map(monkeypatch, fast, dtype, tolerance):
     """Values and gradients, also of tokens that are not contiguous."""
-    monkeypatch.setattr(model, "fast_convolutions", lambda _: fast)
+    monkeypatch.setattr(deform_attn_cpu, "prefers_channels_last", lambda _: fast)
     torch.manual_seed(0)
     layer = model.Linear(6, 5).to(dtype)
     x = torch.randn(2, 6, 2001, dtype=dtype).mT.requires_grad_()
@@ -486,9 +614,9 @@ def test_under_autocast_samples_are_taken_where_fp32_takes_them():
         attention.sampling_offsets.weight.normal_()
         for proj in (attention.value_proj, attention.output_proj):
             proj.weight.copy_(torch.eye(8))
-        query, centres = torch.randn(1, 256, 8), pixel_centres(2, 128)
-        expected = attention(query, centres, value, [(2, 128)])
+        query, centers = torch.randn(1, 256, 8), pixel_centers(2, 128)
+        expected = attention(query, centers, value, [(2, 128)])
         with torch.autocast("cpu", torch.bfloat16):
-            found = attention(query, centres, value, [(2, 128)])
+            found = attention(query, centers, value, [(2, 128)])
     # 0 and 1 are exact in bfloat16; what is left is the rounding of the output.
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=2**-8)

@@ -1,5 +1,5 @@
 """What the official code does before it has seen an image, written down parameter by parameter: initial
-values, and the optimiser's groups. Parameters go by their official names."""
+values, and the optimizer's groups. Parameters go by their official names."""
 
 import math
 import re
@@ -10,8 +10,10 @@ import torch
 from scipy.stats import kstest
 from torch import nn
 
-import engine
-from model import BACKBONES, OFFICIAL, OURS, STRIDES, Mask2Former, build_backbone, translate_state_dict
+from interop.names import OFFICIAL, OURS, translate_state_dict
+from model import BACKBONES, STRIDES, Mask2Former, build_backbone
+from training.config import Config
+from training.optimization import build_optimizer
 
 
 def official_parameters(model):
@@ -127,7 +129,7 @@ def test_parameter_groups_are_the_official_ones(name, counts, resnet):
     """The backbone learns at a tenth; norms, embeddings and position tables do not decay; the pixel
     decoder's level embedding, which is a bare parameter, does."""
     model = resnet if name == "resnet50" else Mask2Former(80, name)
-    groups = engine.make_optimizer(model, 1.0, 0.05, 0.1).param_groups
+    groups = build_optimizer(model, Config(lr=1.0)).param_groups
     assert len(groups) == len(counts)
     found = {p: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert len(found) == sum(len(group["params"]) for group in groups)

@@ -13,8 +13,9 @@ from transformers import (
     TimmBackboneConfig,
 )
 
+from interop.names import HUGGING_FACE, OFFICIAL, OURS, convert_state_dict, translate_state_dict
 from matcher import SetCriterion
-from model import HUGGING_FACE, OFFICIAL, OURS, Mask2Former, convert_state_dict, translate_state_dict
+from model import Mask2Former
 
 K, Q = 5, 12
 SIZES = [

@@ -1,5 +1,4 @@
-"""The Triton kernels of deformable attention, in Triton's interpreter and on a GPU, against the plain
-operator."""
+"""The Triton kernels of deformable attention, in Triton's interpreter and on a GPU, equal the plain form."""
 
 import json
 import os
@@ -52,6 +51,11 @@ def compare(B, N, M, D, P, shapes, spread, dtype):
         sizes = [side for shape in shapes for side in shape]
         inputs = [tensor.detach().to(device).requires_grad_() for tensor in inputs]
         torch.library.opcheck(deform_attn_triton.ms_deform_attn_op, (*inputs, sizes))
+    try:
+        deform_attn_triton.ms_deform_attn(inputs[0], [*shapes, (1, 1)], *inputs[1:])
+        raise AssertionError("shapes that do not fit the value were accepted")
+    except ValueError as error:
+        assert "positions" in str(error)
     locations = locations.detach().clone()
     locations[0, 0] = float("nan")
     value, locations, weights = (tensor.to(device) for tensor in (value, locations, weights))
@@ -94,7 +98,7 @@ constants = dict(M=8, D=32, L=3, P=4, LANES=32, BLOCK=deform_attn_triton.BLOCK)
 types = dict.fromkeys(constants, "constexpr") | dict.fromkeys(("S", "N"), "i32")
 types["levels"] = "*i32"
 types |= dict.fromkeys(("value", "output", "grad_output"), sys.argv[1])
-for kernel in (deform_attn_triton._forward, deform_attn_triton._backward):
+for kernel in (deform_attn_triton._forward_kernel, deform_attn_triton._backward_kernel):
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants)
     assert compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]

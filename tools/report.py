@@ -1,44 +1,67 @@
-"""A run on one page: an HTML file with its curves, pseudo-labels, AP, pictures and settings, which needs
-nothing else.
+"""The report of a run: one HTML file with its curves, pseudo-labels, AP, pictures, options and commands. It
+loads nothing from elsewhere.
 
-    write_report("runs/shapes-0.02/report.html", "shapes, 2 % labelled", "runs/shapes-0.02/metrics.jsonl",
-                 aps={"teacher": ap, "student": ap}, pictures=[[image, truth, seen]],
+distill.py writes it at the end of a run. For other results:
+
+    write_report("report.html", "shapes, 2 % labeled", "runs/shapes-0.02/metrics.jsonl",
+                 aps={"teacher": ap, "student": ap}, pictures=[[image, truth, prediction]],
                  picture_names=["image", "ground truth", "student"], config=dataclasses.asdict(cfg))"""
 
 import base64
+import dataclasses
 import io
 import json
 import math
 import re
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
-import matplotlib
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from PIL import Image
 
-# Phases one after the other, as they are shown; and what each trains, with the control beside them.
-PHASES = {"teacher": "teacher burn-in", "burnin": "guided burn-in", "distill": "distillation"}
-PHASES |= {"refine": "refinement"}
-TRAINED = {"teacher": "teacher", "burnin": "burnt-in", "distill": "student", "refine": "refined"}
-TRAINED |= {"labels_only": "labels only"}
-SIZES = {"APs": "APs, small", "APm": "APm, medium", "APl": "APl, large"}
-NO_METADATA = dict.fromkeys(["Creator", "Date", "Format", "Type"])  # of an SVG: URIs and the time
-MOST_BARS = 20  # classes in the histogram
-MOST_ROWS = 12  # classes in the table that are shown without a click
+from evaluate import ap_table, compare_predictions
+from training.checkpoint import (
+    load_checkpoint,
+    load_model,
+    load_student_checkpoint,
+    load_teacher_checkpoint,
+)
+from training.cli import expected_errors
+from training.config import Config
+from training.distributed import warn_once
+from training.setup import Data, model_arguments
+from training.visualize import make_grid
 
-# One colour for one thing on the whole page, on white and on black; from the palettes of Okabe and Ito and of
-# Paul Tol, which the colour-blind can tell apart.
-COLOURS = {
+try:  # optional: a run without matplotlib ends without a report
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+except ImportError:
+    matplotlib = None
+
+AP_COLUMNS = ("teacher", "labels only", "burnt-in", "student", "EMA teacher", "fine-tuned")
+# Consecutive phases, and the model that each phase trains. "supervised" is the control beside them.
+PHASE_NAMES = {"teacher": "teacher burn-in", "burnin": "guided burn-in", "distill": "distillation"}
+PHASE_NAMES |= {"finetune": "fine-tuning"}
+MODEL_NAMES = {"teacher": "teacher", "burnin": "burnt-in", "distill": "student", "finetune": "fine-tuned"}
+MODEL_NAMES |= {"supervised": "labels only"}
+SIZE_NAMES = {"APs": "APs, small", "APm": "APm, medium", "APl": "APl, large"}
+SVG_METADATA = dict.fromkeys(["Creator", "Date", "Format", "Type"])  # None leaves out URIs and the time
+MAX_BARS = 20  # classes in the bar chart
+MAX_OPEN_ROWS = 12  # classes in the AP table that are shown without a click
+
+
+# One color for one thing on the whole page, on white and on black. The palettes of Okabe and Ito and of Paul
+# Tol are distinct for color-blind readers.
+COLORS = {
     "teacher": ("#d55e00", "#ff9350"),
     "burnt-in": ("#56b4e9", "#9bd7f9"),
     "student": ("#0072b2", "#4aa3e8"),
     "EMA teacher": ("#009e73", "#3ccfa3"),
-    "refined": ("#8c510a", "#d9a066"),
+    "fine-tuned": ("#8c510a", "#d9a066"),
     "labels only": ("#cc79a7", "#e9a3c9"),
     "pseudo-labels": ("#e69f00", "#f3bd45"),
-    "labelled images": ("#8a929c", "#8b949f"),
+    "labeled images": ("#8a929c", "#8b949f"),
     "precision": ("#332288", "#a99bf5"),
     "recall": ("#999933", "#cdcd62"),
     "mask IoU": ("#882255", "#e0709f"),
@@ -100,32 +123,93 @@ ol { padding-left: 1.4rem; font-size: .85rem; color: var(--muted) }
 """
 
 
+class Curve(NamedTuple):
+    """A curve of a chart: its label in the legend, its color (a key of COLORS), matplotlib's format, and
+    points (step, value), where steps count from the start of the first phase."""
+
+    label: str
+    color: str
+    format: str
+    points: list[tuple[int, float]]
+
+
+def report_run(cfg: Config, data: Data) -> None:
+    """Print the AP table of all phases, and write predictions.png and report.html to the run's folder.
+
+    It runs on one rank after the last phase. Exits with one line if a checkpoint is missing. Raises OSError
+    if a file cannot be written."""
+    out = Path(cfg.out)
+    with expected_errors():
+        phases = load_phases(cfg, data)
+    last = "fine-tuned" if "fine-tuned" in phases else "student"
+    aps = {name: checkpoint.get("ap") for name, checkpoint in phases.items()}
+    aps["EMA teacher"] = phases["student"].get("teacher_ap")
+    for name, path in (("teacher", cfg.teacher_checkpoint), ("burnt-in", cfg.student_checkpoint)):
+        if path:
+            aps.pop(name, None)  # it may have been measured on other images
+    aps = {name: aps[name] for name in AP_COLUMNS if aps.get(name)}
+    if aps:
+        print(f"\nmask AP on {len(data.val)} images, after training with {len(data.labeled)} labeled ones\n")
+        print(ap_table(aps, by_class=data.num_classes <= 10))
+
+    first = "burnt-in" if cfg.student_checkpoint else "teacher"
+    models = {name: load_model(phases[name], data.env.device) for name in (first, last)}
+    pictures = compare_predictions(models, data.val, env=data.env, test_size=cfg.test_size)
+    picture_names = ["image", "ground truth", *models]
+    make_grid(pictures, picture_names).save(out / "predictions.png")
+    print(f"\npicture: {out / 'predictions.png'}")
+    if matplotlib is None:
+        return warn_once("cannot write report.html: matplotlib is missing; pip install matplotlib")
+    title = f"Guided Distillation: {cfg.data}, {len(data.labeled)} labeled images"
+    config = dataclasses.asdict(cfg)
+    write_report(out / "report.html", title, out / "metrics.jsonl", aps, pictures, picture_names, config)
+    print(f"curves, tables and pictures: {out / 'report.html'}")
+
+
+def load_phases(cfg: Config, data: Data) -> dict[str, dict]:
+    """Return the checkpoints of a finished run as {name of the trained model: checkpoint}. Raises ValueError
+    or OSError for one that is missing or cannot be read."""
+    out, class_names, phases = Path(cfg.out), data.train.class_names, {}
+    if not cfg.student_checkpoint:
+        phases["teacher"] = load_teacher_checkpoint(cfg, class_names)
+    phases["burnt-in"] = load_student_checkpoint(cfg, class_names, model_arguments(cfg, data))
+    phases["student"] = load_checkpoint(out / "distill.pt")
+    for phase in ("supervised", "finetune"):
+        if (out / f"{phase}.pt").exists():
+            phases[MODEL_NAMES[phase]] = load_checkpoint(out / f"{phase}.pt")
+    return phases
+
+
 def write_report(
     path, title: str, metrics_file, aps: dict, pictures: list[list], picture_names: list[str], config: dict
 ) -> None:
-    """Writes the page to path.
+    """Write the page to a path.
 
-    metrics_file: a run's metrics.jsonl, of whatever phases. aps: {name of a model: what evaluate.evaluate()
-    returns, or {}}. pictures: for each image a row, with a picture for each of picture_names."""
+    Args:
+        metrics_file: the metrics.jsonl of a run, with any of its phases.
+        aps: {name of a model: what evaluate.evaluate returns, or {}}.
+        pictures: one row per image, with one picture for each of picture_names.
+        config: the options of the run."""
     banners, phases = read_metrics(metrics_file)
-    panels, borders, total = curves(phases, aps)
-    charts = [chart(name, panel, borders, total) for name, panel in panels.items()]
+    starts, total = phase_starts(phases)
+    charts = build_charts(phases, aps, starts, total)
+    figures = [draw_chart(name, chart, starts, total) for name, chart in charts.items()]
     records = [record for phase in ("burnin", "distill") for record in phases.get(phase, {}).values()]
-    pseudo = [record["pseudo"] for record in records if record.get("pseudo")]
+    qualities = [record["pseudo"] for record in records if record.get("pseudo")]
     sections = {
-        "Training": "".join(charts[:2]),
-        "Pseudo-labels": "".join(charts[2:]),
-        "Classes of pseudo-labels": bars(pseudo[-1]) if pseudo else "",
+        "Training": "".join(figures[:2]),
+        "Pseudo-labels": "".join(figures[2:]),
+        "Class frequencies of pseudo-labels": class_bars(qualities[-1]) if qualities else "",
         "Mask AP": ap_tables(aps),
-        "Predictions": strip(pictures, picture_names),
-        "Configuration": settings(config),
-        "Commands": commands(banners),
+        "Predictions": picture_rows(pictures, picture_names),
+        "Configuration": option_table(config),
+        "Commands": command_list(banners),
     }
     body = "".join(
         f"<section><h2>{name}</h2>\n{content or 'Nothing was recorded.'}</section>\n"
         for name, content in sections.items()
     )
-    light, dark = (" ".join(f"--{slug(n)}: {pair[k]};" for n, pair in COLOURS.items()) for k in (0, 1))
+    light, dark = (" ".join(f"--{slug(n)}: {pair[k]};" for n, pair in COLORS.items()) for k in (0, 1))
     html = f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -133,7 +217,7 @@ def write_report(
 :root {{ color-scheme: light dark; {light} }}
 @media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}{CSS}</style></head>
 <body><h1>{escape(title)}</h1>
-<p class="lead">{summary(panels["Mask AP"][""], aps)}</p>
+<p class="lead">{summary(charts["Mask AP"][""], aps)}</p>
 {body}</body>
 </html>
 """
@@ -141,8 +225,10 @@ def write_report(
 
 
 def read_metrics(file) -> tuple[list[dict], dict[str, dict[int, dict]]]:
-    """The banners, and {phase: {step: record}} by rising steps. Of what a resumed run has written twice the
-    last counts; what a killed run has left of a line is skipped."""
+    """Read a metrics.jsonl. Returns its banners and {phase: {step: record}} with ascending steps.
+
+    If a resumed run repeated a step, its last record counts. A line that a killed run left incomplete is
+    skipped."""
     banners, phases = [], {}
     for line in Path(file).read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -151,195 +237,235 @@ def read_metrics(file) -> tuple[list[dict], dict[str, dict[int, dict]]]:
             continue
         if "banner" in record:
             banners.append(record["banner"])
-        elif record.get("phase") in TRAINED:  # a step has a line of losses and one of its evaluation
+        elif record.get("phase") in MODEL_NAMES:  # losses and evaluations of a step are separate lines
             phases.setdefault(record["phase"], {}).setdefault(record["step"], {}).update(record)
     return banners, {phase: dict(sorted(records.items())) for phase, records in phases.items()}
 
 
-def value(record: dict | None, *keys) -> float | None:
-    """The number below keys; None if it is missing, not finite, or below zero, as AP is where there is
-    nothing to find."""
+def get_number(record: dict | None, *keys) -> float | None:
+    """Return record[keys[0]][keys[1]]..., or None if it is missing, not finite, or negative. An AP is
+    negative if there is no object."""
     for key in keys:
         record = (record or {}).get(key)
     return record if record is not None and 0 <= record < math.inf else None
 
 
-def curves(phases: dict, aps: dict) -> tuple[dict[str, dict[str, list]], dict[str, int], int]:
-    """Panels {title: {label of the y axis: lines}}, where a line is (label, colour, matplotlib's format,
-    [(cumulative step, value)]); {shown name of a phase: step where it begins}; and the number of steps."""
-    starts, total = {"labels_only": 0}, 0
-    for phase in PHASES:
+# ---------------------------------------------------------------------------------------------------- curves
+
+
+def phase_starts(phases: dict) -> tuple[dict[str, int], int]:
+    """Return {phase: its first step}, where steps count from the start of the first phase, and the number of
+    all steps. The supervised control is not listed; it starts at 0."""
+    starts, total = {}, 0
+    for phase in PHASE_NAMES:
         if phase in phases:
             starts[phase] = total
             total += max(phases[phase])
-    total = max([total, *phases.get("labels_only", {})])
+    return starts, max([total, *phases.get("supervised", {})])
+
+
+def build_charts(phases: dict, aps: dict, starts: dict, total: int) -> dict[str, dict[str, list[Curve]]]:
+    """Return {title of a chart: {label of a y axis: its curves}}. A curve may have no points."""
 
     def points(phase, *keys):
-        found = [(starts[phase] + step, value(r, *keys)) for step, r in phases.get(phase, {}).items()]
-        return [point for point in found if point[1] is not None]
+        start, records = starts.get(phase, 0), phases.get(phase, {})
+        numbers = [(start + step, get_number(record, *keys)) for step, record in records.items()]
+        return [point for point in numbers if point[1] is not None]
 
     loss, ap, quality, kept, score = [], [], [], [], []
-    for phase, name in TRAINED.items():
-        loss.append((name, name, "-", points(phase, "loss")))
-        loss.append((f"{name}, on pseudo-labels", name, ":", points(phase, "guided_loss")))
-        ap.append((name, name, "-o", points(phase, "ap", "AP")))
-    ap.append(("EMA teacher", "EMA teacher", "D", points("distill", "teacher_ap", "AP")))
-    teacher, begin = finals(ap, aps).get("teacher"), starts.get("burnin", total)
-    if teacher is not None and begin < total:
-        ap.append(("teacher at its end", "teacher", ":", [(begin, teacher), (total, teacher)]))
+    for phase, name in MODEL_NAMES.items():
+        loss.append(Curve(name, name, "-", points(phase, "loss")))
+        loss.append(Curve(f"{name}, on pseudo-labels", name, ":", points(phase, "unlabeled_loss")))
+        ap.append(Curve(name, name, "-o", points(phase, "ap", "AP")))
+    ap.append(Curve("EMA teacher", "EMA teacher", "D", points("distill", "teacher_ap", "AP")))
+    teacher_ap, start = final_aps(ap, aps).get("teacher"), starts.get("burnin", total)
+    if teacher_ap is not None and start < total:
+        ap.append(Curve("final teacher", "teacher", ":", [(start, teacher_ap), (total, teacher_ap)]))
     for phase in ("burnin", "distill"):
-        for name, fmt in {"precision": "-o", "recall": "--s", "mask IoU": ":^"}.items():
-            quality.append((name, name, fmt, points(phase, "pseudo", slug(name).replace("-", "_"))))
-        for lines, logged, evaluated in ((kept, "pseudo_labels", "kept"), (score, "mean_score", "score")):
-            lines.append(("in training", "pseudo-labels", "-", points(phase, logged)))
-            lines.append(("at evaluations", "ink", "D", points(phase, "pseudo", evaluated)))
-    panels = {
+        for name, format in {"precision": "-o", "recall": "--s", "mask IoU": ":^"}.items():
+            quality.append(Curve(name, name, format, points(phase, "pseudo", name.lower().replace(" ", "_"))))
+        for curves, logged, evaluated in ((kept, "pseudo_labels", "kept"), (score, "mean_score", "score")):
+            curves.append(Curve("in training", "pseudo-labels", "-", points(phase, logged)))
+            curves.append(Curve("at evaluations", "ink", "D", points(phase, "pseudo", evaluated)))
+    return {
         "Loss": {"": loss},
         "Mask AP": {"": ap},
-        "Pseudo-labels against the truth, %": {"": quality},
-        "Pseudo-labels kept, and their score": {"per image": kept, "mean score": score},
+        "Quality on held-out annotations, %": {"": quality},
+        "Number and mean score": {"per image": kept, "mean score": score},
     }
-    return panels, {PHASES[phase]: starts[phase] for phase in PHASES if phase in starts}, total
 
 
-def chart(title: str, panel: dict[str, list], borders: dict[str, int], total: int) -> str:
-    """A figure of curves with its key; "" where there is nothing to draw."""
-    panel = {label: [line for line in lines if line[3]] for label, lines in panel.items()}
-    panel = {label: lines for label, lines in panel.items() if lines}
-    if not panel:
+def draw_chart(title: str, chart: dict[str, list[Curve]], starts: dict, total: int) -> str:
+    """Draw a chart as SVG, with title and legend. Returns HTML, or "" if no curve has points."""
+    chart = {label: [curve for curve in curves if curve.points] for label, curves in chart.items()}
+    chart = {label: curves for label, curves in chart.items() if curves}
+    if not chart:
         return ""
-    muted, rule = COLOURS["muted"][0], COLOURS["rule"][0]
-    # Text stays text, for the page to choose the font.
+    # Text remains text in the SVG, so that the page chooses its font.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 8}):
         figure = Figure(figsize=(4.4, 2.5), layout="constrained")
-        rows = figure.subplots(len(panel), sharex=True, squeeze=False)[:, 0]
-        for axes, (label, lines) in zip(rows, panel.items()):
-            for _, colour, fmt, points in lines:
-                style = {"color": COLOURS[colour][0], "linewidth": 1.1, "markersize": 2.5, "clip_on": False}
-                axes.plot(*zip(*points), fmt, **style)
-            if title == "Loss":
-                axes.set_yscale("log", nonpositive="mask")
-                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axes.yaxis.set_minor_locator(NullLocator())
-            axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-            axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
-            axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
-            axes.set_ylabel(label, color=muted)
-            axes.tick_params(color=rule, labelcolor=muted, length=2)
-            axes.grid(axis="y", color=rule, linewidth=0.5)
-            axes.spines[["top", "right", "left"]].set_visible(False)
-            axes.spines["bottom"].set_color(rule)
-            for start in borders.values():
-                axes.axvline(start, color=muted, linewidth=0.5)
+        rows = figure.subplots(len(chart), sharex=True, squeeze=False)[:, 0]
+        for axes, (label, curves) in zip(rows, chart.items()):
+            plot_curves(axes, label, curves, log_scale=title == "Loss")
+            for start in starts.values():
+                axes.axvline(start, color=COLORS["muted"][0], linewidth=0.5)
         axes.set_xlim(0, max(total, 1))
-        axes.set_xlabel("steps", color=muted)
-        steps = [*borders.values(), total]
-        narrow = any(end - start < 0.28 * total for start, end in zip(steps, steps[1:]))
-        for row, (name, start) in enumerate(reversed(borders.items())):
-            # Names that would overlap stand one above the other, each with its border as a pole.
-            height = 3 + 9 * row * narrow
-            style = {"xycoords": rows[0].get_xaxis_transform(), "textcoords": "offset points", "color": muted}
-            pole = {"arrowstyle": "-", "linewidth": 0.5, "color": muted, "shrinkA": 0, "shrinkB": 0}
-            rows[0].annotate("", (start, 1), (0, height + 6), arrowprops=pole, **style)
-            rows[0].annotate(name, (start, 1), (3, height), **style)
-        with io.StringIO() as file:
-            figure.savefig(file, format="svg", transparent=True, metadata=NO_METADATA)
-            svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]  # without XML's declarations
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{slug(title)}-", svg)  # no id twice on the page
+        axes.set_xlabel("steps", color=COLORS["muted"][0])
+        write_phase_names(rows[0], starts, total)
+        svg = to_svg(figure, title)
+    swatches = {
+        curve.label: swatch(curve.color, curve.format) for curves in chart.values() for curve in curves
+    }
+    return f"<figure><figcaption><b>{title}</b>{legend(swatches)}</figcaption>{svg}</figure>\n"
+
+
+def plot_curves(axes, label: str, curves: list[Curve], log_scale: bool) -> None:
+    """Plot curves over steps. label: of the y axis."""
+    muted, rule = COLORS["muted"][0], COLORS["rule"][0]
+    for curve in curves:
+        style = {"color": COLORS[curve.color][0], "linewidth": 1.1, "markersize": 2.5, "clip_on": False}
+        axes.plot(*zip(*curve.points), curve.format, **style)
+    if log_scale:
+        axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    axes.set_ylabel(label, color=muted)
+    axes.tick_params(color=rule, labelcolor=muted, length=2)
+    axes.grid(axis="y", color=rule, linewidth=0.5)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(rule)
+
+
+def write_phase_names(axes, starts: dict[str, int], total: int) -> None:
+    """Write the name of each phase above its start. If a phase is too narrow for its name, the names stand
+    one above the other, each with a vertical line down to its start."""
+    ends = [*starts.values(), total]
+    narrow = any(end - start < 0.28 * total for start, end in zip(ends, ends[1:]))
+    muted = COLORS["muted"][0]
+    style = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "color": muted}
+    line = {"arrowstyle": "-", "linewidth": 0.5, "color": muted, "shrinkA": 0, "shrinkB": 0}
+    for row, (phase, start) in enumerate(reversed(starts.items())):
+        height = 3 + 9 * row * narrow
+        axes.annotate("", (start, 1), (0, height + 6), arrowprops=line, **style)
+        axes.annotate(PHASE_NAMES[phase], (start, 1), (3, height), **style)
+
+
+def to_svg(figure, title: str) -> str:
+    """Convert a figure to an SVG element in the colors of the page."""
+    with io.StringIO() as file:
+        figure.savefig(file, format="svg", transparent=True, metadata=SVG_METADATA)
+        svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]  # without the XML declarations
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{slug(title)}-", svg)  # ids are unique on the page
     svg = re.sub(r'width="\S+" height="\S+"', f'role="img" aria-label="{title}"', svg, count=1)
-    for name, (light, _) in COLOURS.items():
+    for name, (light, _) in COLORS.items():
         svg = svg.replace(light, f"var(--{slug(name)})")
-    key = {label: swatch(colour, fmt) for lines in panel.values() for label, colour, fmt, _ in lines}
-    return f"<figure><figcaption><b>{title}</b>{legend(key)}</figcaption>{svg}</figure>\n"
+    return svg
 
 
-def swatch(colour: str, fmt: str = "D") -> str:
-    """A line of matplotlib's format, or a dot."""
-    if fmt == "D":
-        return f'<i class="dot" style="background: var(--{slug(colour)})"></i>'
-    line = "dashed" if fmt.startswith("--") else "dotted" if fmt.startswith(":") else "solid"
-    return f'<i style="border-top: 3px {line} var(--{slug(colour)})"></i>'
+def swatch(color: str, format: str = "D") -> str:
+    """Return the sample of a curve for legends: a line, or a dot for the format "D"."""
+    if format == "D":
+        return f'<i class="dot" style="background: var(--{slug(color)})"></i>'
+    line = "dashed" if format.startswith("--") else "dotted" if format.startswith(":") else "solid"
+    return f'<i style="border-top: 3px {line} var(--{slug(color)})"></i>'
 
 
-def legend(key: dict[str, str]) -> str:
-    return '<p class="key">' + "".join(f"<span>{look}{label}</span>" for label, look in key.items()) + "</p>"
+def legend(swatches: dict[str, str]) -> str:
+    entries = "".join(f"<span>{sample}{label}</span>" for label, sample in swatches.items())
+    return f'<p class="key">{entries}</p>'
 
 
 def slug(name: str) -> str:
+    """Convert a name to letters, digits and hyphens."""
     return re.sub(r"\W+", "-", name).lower()
 
 
-def finals(ap_lines: list[tuple], aps: dict) -> dict[str, float]:
-    """{name of a model: its AP in aps, or that of its last evaluation}"""
-    last = {label: points[-1][1] for label, _, _, points in ap_lines if points}
-    return last | {name: ap["AP"] for name, ap in aps.items() if value(ap, "AP") is not None}
+# --------------------------------------------------------------------------------------------- other sections
 
 
-def summary(ap_lines: list[tuple], aps: dict) -> str:
-    ap = {name: round(number, 1) for name, number in finals(ap_lines, aps).items()}
-    by_age = ("refined", "student", "burnt-in", "teacher", "labels only")
-    name = next((name for name in by_age if name in ap), None)
+def final_aps(curves: list[Curve], aps: dict) -> dict[str, float]:
+    """Return {name of a model: its AP in aps, or that of its last evaluation}."""
+    last = {curve.label: curve.points[-1][1] for curve in curves if curve.points}
+    return last | {name: ap["AP"] for name, ap in aps.items() if get_number(ap, "AP") is not None}
+
+
+def summary(curves: list[Curve], aps: dict) -> str:
+    """Return the AP of the last model that was trained, in one sentence, and compare it with the teacher and
+    with the supervised control. curves: of AP."""
+    ap = {name: round(number, 1) for name, number in final_aps(curves, aps).items()}
+    latest_first = ("fine-tuned", "student", "burnt-in", "teacher", "labels only")
+    name = next((name for name in latest_first if name in ap), None)
     if name is None:
         return "No AP was recorded."
     text = f"<b>{ap[name]:.1f}</b> mask AP ({swatch(name)}{name})"
     for other in ("teacher", "labels only"):
         if other in ap and other != name:
-            text += f", {ap[name] - ap[other]:+.1f} against {swatch(other)}{other} ({ap[other]:.1f})"
-    best = max((v for label, _, _, points in ap_lines if label == name for _, v in points), default=0)
-    return text + (f"; best evaluation {best:.1f}" if round(best, 1) > ap[name] else "")
+            text += f", {ap[name] - ap[other]:+.1f} compared with {swatch(other)}{other} ({ap[other]:.1f})"
+    evaluations = [number for curve in curves if curve.label == name for _, number in curve.points]
+    highest = round(max(evaluations, default=0), 1)
+    return text + (f"; highest during training: {highest:.1f}" if highest > ap[name] else "")
 
 
-def bars(pseudo: dict) -> str:
-    """The classes' shares, those with the largest difference first."""
-    kinds = {"pseudo-labels": "classes", "labelled images": "labelled_classes"}
-    classes = dict.fromkeys(name for kind in kinds.values() for name in pseudo.get(kind) or {})
-    shares = {name: [value(pseudo, kind, name) or 0 for kind in kinds.values()] for name in classes}
-    chosen = sorted(shares, key=lambda name: -abs(shares[name][0] - shares[name][1]))[:MOST_BARS]
-    longest = max((max(shares[name]) for name in chosen), default=0) or 1
+def class_bars(quality: dict) -> str:
+    """Draw the class frequencies of pseudo-labels and of labeled images, largest differences first.
+    quality: what measure_pseudo_labels returns."""
+    kinds = {"pseudo-labels": "classes", "labeled images": "labeled_classes"}
+    names = dict.fromkeys(name for kind in kinds.values() for name in quality.get(kind) or {})
+    frequencies = {name: [get_number(quality, kind, name) or 0 for kind in kinds.values()] for name in names}
+    by_difference = sorted(names, key=lambda name: -abs(frequencies[name][0] - frequencies[name][1]))
+    chosen = by_difference[:MAX_BARS]
+    highest = max((max(frequencies[name]) for name in chosen), default=0) or 1
     html = ""
     for name in chosen:
         html += f"<div><b>{escape(name)}</b><p>"
-        for kind, share in zip(kinds, shares[name]):
-            style = f"width: {75 * share / longest:.1f}%; background: var(--{slug(kind)})"
-            html += f'<span><i style="{style}"></i>{100 * share:.1f} %</span>'
+        for kind, frequency in zip(kinds, frequencies[name]):
+            style = f"width: {75 * frequency / highest:.1f}%; background: var(--{slug(kind)})"
+            html += f'<span><i style="{style}"></i>{100 * frequency:.1f} %</span>'
         html += "</p></div>\n"
-    key = {kind: swatch(kind) for kind in kinds}
-    if len(shares) > MOST_BARS:
-        key[f"the {MOST_BARS} of {len(shares)} classes with the largest difference"] = ""
-    return html and f'{legend(key)}<div class="bars">{html}</div>'
+    swatches = {kind: swatch(kind) for kind in kinds}
+    if len(names) > MAX_BARS:
+        swatches[f"the {MAX_BARS} of {len(names)} classes with the largest difference"] = ""
+    return html and f'{legend(swatches)}<div class="bars">{html}</div>'
 
 
 def ap_tables(aps: dict[str, dict]) -> str:
-    """AP, and below it that of each class; the best of a row in bold."""
+    """Return a table of AP, and below it one with the AP of each class. The best numbers of a row are
+    bold."""
     if not any(aps.values()):
         return ""
-    names = dict.fromkeys(["AP", "AP50", "AP75", *SIZES, *(name for ap in aps.values() for name in ap)])
-    classes = dict.fromkeys(name for ap in aps.values() for name in ap.get("per_class", {}))
-    head = "".join(f"<th>{swatch(n) if n in COLOURS else ''}{escape(n)}</th>" for n in aps)
-    width = f"min-width: {7 + 5.5 * len(aps)}rem; max-width: {12 + 12 * len(aps)}rem"
-    table = f'<div class="scroll"><table style="{width}"><tr><th></th>{head}</tr>\n'
-
-    def rows(names, *keys):
-        html = ""
-        for name in names:
-            numbers = [value(ap, *keys, name) for ap in aps.values()]
-            cells = ["-" if number is None else f"{number:.1f}" for number in numbers]
-            best = max((n for n in numbers if n is not None), default=-1)
-            best = f"{best:.1f}" if len(cells) > 1 else ""
-            cells = [f"<b>{cell}</b>" if cell == best else cell for cell in cells]
-            html += f"<tr><th>{escape(SIZES.get(name, name))}</th><td>{'</td><td>'.join(cells)}</td></tr>\n"
-        return html + "</table></div>\n"
-
-    html = table + rows(name for name in names if name != "per_class")
-    if classes:
-        html += f"<details{' open' * (len(classes) <= MOST_ROWS)}><summary>AP by class</summary>\n"
-        html += table + rows(classes, "per_class") + "</details>"
+    names = dict.fromkeys(["AP", "AP50", "AP75", *SIZE_NAMES, *(name for ap in aps.values() for name in ap)])
+    names.pop("per_class", None)
+    class_names = dict.fromkeys(name for ap in aps.values() for name in ap.get("per_class", {}))
+    html = ap_table_html(aps, names)
+    if class_names:
+        html += f"<details{' open' * (len(class_names) <= MAX_OPEN_ROWS)}><summary>AP by class</summary>\n"
+        html += ap_table_html({name: ap.get("per_class") for name, ap in aps.items()}, class_names)
+        html += "</details>"
     return html
 
 
-def strip(pictures: list[list[Image.Image]], names: list[str]) -> str:
-    """A row for each image. A picture is a check box's label: one that is checked is shown in full width."""
+def ap_table_html(columns: dict[str, dict | None], rows) -> str:
+    """Return a table with one row for each key of the columns."""
+    head = "".join(f"<th>{swatch(name) if name in COLORS else ''}{escape(name)}</th>" for name in columns)
+    width = f"min-width: {7 + 5.5 * len(columns)}rem; max-width: {12 + 12 * len(columns)}rem"
+    html = f'<div class="scroll"><table style="{width}"><tr><th></th>{head}</tr>\n'
+    for row in rows:
+        numbers = [get_number(column, row) for column in columns.values()]
+        cells = ["-" if number is None else f"{number:.1f}" for number in numbers]
+        best = f"{max((number for number in numbers if number is not None), default=-1):.1f}"
+        if len(cells) > 1:  # numbers that are equal after rounding are all bold
+            cells = [f"<b>{cell}</b>" if cell == best else cell for cell in cells]
+        html += f"<tr><th>{escape(SIZE_NAMES.get(row, row))}</th><td>{'</td><td>'.join(cells)}</td></tr>\n"
+    return html + "</table></div>\n"
+
+
+def picture_rows(pictures: list[list[Image.Image]], names: list[str]) -> str:
+    """Return a row of pictures per image. Each picture is the label of a check box: a click enlarges it to
+    the full width."""
     row = f'<div class="row" style="grid-template-columns: repeat({len(names)}, 1fr)">'
     html = row + "".join(f"<span>{escape(name)}</span>" for name in names) + "</div>\n"
     for number, images in enumerate(pictures, start=1):
@@ -356,18 +482,19 @@ def strip(pictures: list[list[Image.Image]], names: list[str]) -> str:
     return html if pictures else ""
 
 
-def settings(config: dict) -> str:
-    """The configuration by name, without what is empty."""
-    rows = {name: v for name, v in sorted(config.items()) if v not in (None, "", [], (), {})}
-    html = "".join(f"<tr><th>{escape(n)}</th><td>{escape(str(v))}</td></tr>\n" for n, v in rows.items())
-    html = f'<table><tbody class="config">{html}</tbody></table>'
-    return f"<details><summary>{len(rows)} values</summary>{html}</details>" if rows else ""
+def option_table(config: dict) -> str:
+    """Return a table of the options in alphabetical order, without those that are empty."""
+    options = {name: v for name, v in sorted(config.items()) if v not in (None, "", [], (), {})}
+    rows = "".join(f"<tr><th>{escape(n)}</th><td>{escape(str(v))}</td></tr>\n" for n, v in options.items())
+    table = f'<table><tbody class="config">{rows}</tbody></table>'
+    return f"<details><summary>{len(options)} options</summary>{table}</details>" if options else ""
 
 
-def commands(banners: list[dict]) -> str:
-    """Each start of the program, with what has changed since the one before."""
+def command_list(banners: list[dict]) -> str:
+    """Return a list of the commands that started or resumed the run. Below each stand the lines of its
+    banner that differ from the banner before."""
     html = ""
-    for banner, before in zip(banners, [{}, *banners]):
-        rest = [str(v) for k, v in banner.items() if k != "command" and v and v != before.get(k)]
-        html += f"<li><code>{escape(banner.get('command', ''))}</code><br>{escape(' · '.join(rest))}</li>\n"
+    for banner, previous in zip(banners, [{}, *banners]):
+        lines = [str(v) for k, v in banner.items() if k != "command" and v and v != previous.get(k)]
+        html += f"<li><code>{escape(banner.get('command', ''))}</code><br>{escape(' · '.join(lines))}</li>\n"
     return html and f"<ol>{html}</ol>"

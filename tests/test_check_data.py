@@ -1,0 +1,265 @@
+"""Tests of tools/check_data.py, and of training on a user's folder with 6 labeled and 30 unlabeled images of
+all modes."""
+
+import json
+
+import numpy as np
+import pytest
+from commands import run
+from PIL import Image
+
+from data import EXIF_ORIENTATION
+from tools import check_data
+from training.cli import parse_config
+from training.setup import print_setup, set_up
+
+MODES = ["RGB", "L", "LA", "P", "RGBA", "1", "CMYK", "I;16"]
+POLYGON = [[4, 4, 30, 4, 30, 30, 4, 30]]
+
+
+def picture(rng, H=40, W=48):
+    pixels = rng.integers(0, 100, (H, W, 3)).astype(np.uint8)
+    pixels[4:30, 4:30] = rng.integers(150, 256, 3)
+    return pixels
+
+
+def save(pixels, path, mode="RGB", orientation=1):
+    if mode == "I;16":
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(pixels).convert(mode)
+    exif = image.getexif()
+    exif[EXIF_ORIENTATION] = orientation
+    image.save(path, **({"exif": exif} if orientation > 1 else {}))
+
+
+@pytest.fixture
+def user_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "mine"
+    (folder / "images").mkdir(parents=True)
+    (folder / "plain" / "deep").mkdir(parents=True)
+    content = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 8, "name": "dog"}],
+    }
+    for number in range(6):
+        mode = MODES[number]
+        save(picture(rng), folder / f"images/{number}.png", mode)
+        content["images"].append({"id": number, "file_name": f"{number}.png", "height": 40, "width": 48})
+        entry = {
+            "id": number,
+            "image_id": number,
+            "category_id": 3 + 5 * (number % 2),
+            "segmentation": POLYGON,
+        }
+        content["annotations"].append(entry | {"iscrowd": 0, "area": 676, "bbox": [4, 4, 26, 26]})
+    for number in range(30):
+        mode = MODES[number % len(MODES)]
+        suffix = {"CMYK": "tif", "RGB": "jpg"}.get(mode, "png")
+        place = "plain/deep" if number % 3 else "plain"
+        save(picture(rng), folder / f"{place}/{number}.{suffix}", mode, orientation=1 + number % 8)
+    (folder / "instances_train.json").write_text(json.dumps(content))
+    return folder, content
+
+
+TINY = (
+    "--preset shapes --ratio 1 --steps 2 --crop 32,32 --num-queries 5 --hidden-dim 32 --batch 2 --log-every 1"
+)
+TINY += " --encoder-ffn 32 --decoder-layers 1 --decoder-ffn 32 --num-points 32 --device cpu"
+
+
+def test_training_takes_images_of_all_modes_and_needs_no_validation_set(user_folder, tmp_path):
+    folder, _ = user_folder
+    flags = ["--data", folder, "--unlabeled", folder / "plain", "--out", tmp_path / "run", *TINY.split()]
+    done = run("distill.py", *flags)
+    assert "6 training images, 6 of them labeled" in done.stdout
+    assert "36 in the unlabeled pool" in done.stdout
+    assert "no validation set, so no AP" in done.stdout and "distill done" in done.stdout
+    assert "AP " not in done.stdout.replace("no AP will", "") and not done.stderr
+    again = run("distill.py", *flags)
+    assert "all phases are done" in again.stdout
+    error = run("evaluate.py", tmp_path / "run/distill.pt", code=2).stderr
+    assert error == f"error: {folder} has no instances_val.json\n"
+
+
+def test_too_many_damaged_images_end_training_with_one_line(user_folder, tmp_path):
+    folder, _ = user_folder
+    for number in (1, 2):
+        (folder / f"images/{number}.png").write_text("hello")
+    flags = ["--data", folder, "--out", tmp_path / "run", *TINY.split(), "--steps", "20", "--save-every", "5"]
+    error = run("distill.py", *flags, code=2).stderr
+    assert error.count("warning: ") == 2
+    assert (
+        "error: 2 of 6 images cannot be used, such as: cannot read image" in error
+        and "Traceback" not in error
+    )
+
+
+def test_a_valid_folder_has_no_errors_and_its_counts_are_shown(user_folder, tmp_path):
+    folder, _ = user_folder
+    flags = ["--unlabeled", folder / "plain", "--ratio", "1", "--sheet", tmp_path / "a/sheet.png"]
+    printed = run("tools.check_data", folder, *flags).stdout
+    for line in (
+        "cat          3        3        0        0        0        3",
+        "all          6        6        0        0        0        6",
+        "at most 1 objects in an image, 0 images without objects",
+        "labeled: 6 of 6 images, with 2 of 2 classes",
+        "unlabeled: 36 images, 30 of them from folders",
+        "warning: there is no validation set, so training cannot show AP",
+        "\n0 errors, 1 warnings",
+    ):
+        assert line in printed, printed
+    assert np.asarray(Image.open(tmp_path / "a/sheet.png")).std() > 10
+
+
+def test_every_planted_defect_is_named(user_folder, tmp_path):
+    folder, content = user_folder
+    train, val = content, json.loads(json.dumps(content))
+    for entry in (train, val):
+        entry["images"] = [dict(image) for image in entry["images"]]
+    val["images"] = [{"id": 90, "file_name": "copy.png", "height": 40, "width": 48}]
+    val["annotations"] = []
+    (folder / "images/copy.png").write_bytes((folder / "images/0.png").read_bytes())
+    (folder / "images/1.png").write_text("hello")
+    train["images"][2]["height"] = 39
+    train["images"].append({"id": 60, "file_name": "gone.png", "height": 40, "width": 48})
+    train["categories"].append({"id": 9, "name": "cow"})
+    extra = [
+        {"image_id": 3, "segmentation": [[1, 1, 2, 2]]},
+        {"image_id": 3, "segmentation": [[5.1, 5.1, 5.1, 5.1, 5.1, 5.1]]},
+        {"image_id": 3, "segmentation": {"size": [40, 48], "counts": [3]}},
+        {"image_id": 77},
+        {"image_id": 3, "category_id": 4},
+        {"image_id": 4, "iscrowd": 1},
+    ]
+    for number, change in enumerate(extra, start=100):
+        train["annotations"].append(train["annotations"][3] | {"id": number} | change)
+    (folder / "instances_train.json").write_text(json.dumps(train))
+    (folder / "instances_val.json").write_text(json.dumps(val))
+    (folder / "plain/0.jpg").write_bytes((folder / "plain/0.jpg").read_bytes()[:300])
+    flags = ["--unlabeled", folder / "plain", "--ratio", "1", "--num-queries", "1"]
+    flags += ["--sheet", tmp_path / "sheet.png"]
+    done = run("tools.check_data", folder, *flags, code=2)
+    for line in (
+        "error: instances_train.json: image 1: cannot read image '",
+        "error: instances_train.json: image 2: cannot use image '",
+        "is 40 x 48, its annotations are for 39 x 48",
+        "error: instances_train.json: image 60: its file 'gone.png' is not in",
+        "warning: instances_train.json: annotation 100 (image 3) has no mask, it is left out",
+        "warning: instances_train.json: annotation 101 (image 3) has an empty mask",
+        "error: instances_train.json: annotation 102: (image 3) the runs of its RLE sum to 3, the image has",
+        "error: instances_train.json: annotation 103: its image_id 77 is not in the file",
+        "error: instances_train.json: annotation 104: its category_id 4 is not in the file",
+        "warning: instances_val.json: image 90 ('copy.png') is the same file as instances_train.json: image",
+        "warning: instances_train.json: image 3 has 2 objects, the model has only 1 queries",
+        "error: cannot read image '",
+        "warning: 1 classes are in no labeled image: cow",
+        "error: training has the classes ['cat', 'dog', 'cow'], validation ['cat', 'dog']",
+    ):
+        assert line in done.stdout, done.stdout
+    assert "plain/0.jpg" in done.stdout and "Traceback" not in done.stderr
+    assert "\n8 errors" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize(
+    "flags, words", [(["--ratio", "5"], "ratio 5.0 must be in"), (["--sheet", "s.foo"], "foo")]
+)
+def test_a_bad_flag_does_not_suppress_the_report(user_folder, tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        check_data.main([str(user_folder[0]), *flags])
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and "there is no validation set" in printed.out
+    assert words in printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    "flags", ["--labeled-list few.txt --unlabeled a b", "--split few.txt --unlabelled a b"]
+)
+def test_former_spellings_of_flags_are_accepted(flags):
+    args = check_data.parse_arguments(["my_dataset", *flags.split()])
+    assert (args.labeled_list, args.unlabeled) == ("few.txt", ["a", "b"])
+    assert check_data.parse_arguments(["my_dataset"]).labeled_list == ""
+    assert check_data.parse_arguments(["my_dataset"]).unlabeled == []
+
+
+def test_former_spellings_of_flags_are_hidden(capsys):
+    with pytest.raises(SystemExit):
+        check_data.parse_arguments(["--help"])
+    usage = capsys.readouterr().out
+    assert "--labeled-list" in usage and "--split" not in usage and "--unlabelled" not in usage
+
+
+def test_the_labeled_list_is_checked(user_folder, tmp_path, capsys):
+    (tmp_path / "few.txt").write_text("0.png\n2.png\n")
+    flags = ["--labeled-list", str(tmp_path / "few.txt"), "--sheet", str(tmp_path / "sheet.png")]
+    with pytest.raises(SystemExit):
+        check_data.main([str(user_folder[0]), *flags])
+    printed = capsys.readouterr().out
+    assert "labeled: 2 of 6 images, with 1 of 2 classes" in printed
+    assert "warning: 1 classes are in no labeled image: dog" in printed
+
+
+def test_missing_data_is_an_error_of_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        check_data.main([str(tmp_path / "nowhere")])
+    assert stop.value.code == 2
+    assert "neither shapes, coco, cityscapes nor a folder" in capsys.readouterr().err
+
+
+def test_training_uses_a_list_of_labeled_images(user_folder, tmp_path):
+    folder, _ = user_folder
+    (tmp_path / "few.txt").write_text("0.png\n5.png\n")
+    flags = ["--data", folder, "--labeled-list", tmp_path / "few.txt", *TINY.split()]
+    printed = run("burnin.py", *flags, cwd=tmp_path).stdout
+    assert "6 training images, 2 of them labeled" in printed
+    assert (tmp_path / "runs/mine-few/burnin.pt").exists()
+
+
+def test_training_starts_with_warnings_about_its_data(user_folder, tmp_path, capsys):
+    """Annotations are left out, classes have no labels, and there are more objects than queries."""
+    folder, content = user_folder
+    content["categories"].append({"id": 9, "name": "cow"})
+    many = [content["annotations"][0] | {"id": 100 + number} for number in range(9)]
+    content["annotations"] += [*many, content["annotations"][0] | {"id": 99, "segmentation": []}]
+    (folder / "instances_train.json").write_text(json.dumps(content))
+    flags = ["--data", str(folder), "--out", str(tmp_path / "run"), *TINY.split()]
+    cfg = parse_config(flags)
+    _, data, _ = set_up(cfg)
+    print_setup(cfg, data, last_phase=2)
+    printed = capsys.readouterr().out
+    for line in (
+        "1 annotations are left out, such as: annotation 99 (image 0) has no mask",
+        "1 classes are in no labeled image: cow",
+        "an image has 10 objects, the model 5 queries",
+    ):
+        assert line in printed
+
+
+def test_a_damaged_image_ends_an_evaluation(user_folder, tmp_path):
+    folder, content = user_folder
+    (folder / "instances_val.json").write_text(json.dumps(content))
+    flags = ["--data", folder, "--out", tmp_path / "run", *TINY.split(), "--steps", "1"]
+    run("burnin.py", *flags)
+    (folder / "images/3.png").write_text("hello")
+    error = run("evaluate.py", tmp_path / "run/teacher.pt", code=2).stderr
+    assert error.startswith("error: cannot read image '") and "3.png" in error and error.count("\n") == 1
+
+
+def test_an_evaluation_uses_the_files_of_its_run_unless_flags_replace_them(user_folder, tmp_path):
+    """--data may name the same folder again. A file that cannot be written is an error of one line."""
+    folder, content = user_folder
+    for name, count in (("instances_val", 6), ("other", 1)):
+        few = content | {"images": content["images"][:count], "annotations": content["annotations"][:count]}
+        (folder / f"{name}.json").write_text(json.dumps(few))
+    flags = ["--data", folder, "--val-json", folder / "other.json", "--out", tmp_path / "run", *TINY.split()]
+    assert "1 for validation" in run("burnin.py", *flags, "--steps", "1").stdout
+    (folder / "images/5.png").write_text("hello")  # only instances_val.json has this image
+    checkpoint = tmp_path / "run/teacher.pt"
+    run("evaluate.py", checkpoint, "--data", folder)
+    val = folder / "instances_val.json"
+    assert "5.png" in run("evaluate.py", checkpoint, "--val-json", val, code=2).stderr
+    error = run("evaluate.py", checkpoint, "--json", tmp_path / "gone/ap.json", code=2).stderr
+    assert error.startswith("error: ") and error.count("\n") == 1

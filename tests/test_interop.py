@@ -1,0 +1,612 @@
+"""Tests of reading and writing checkpoints of other code. The files are made here, with the names and shapes
+of the official model."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import run
+from conftest import TINY
+from safetensors.torch import load_file, save_file
+from transformers import Mask2FormerForUniversalSegmentation
+
+import distill
+import evaluate
+from interop.legacy import upgrade_checkpoint
+from interop.load import _read_file, infer_model_args, load_any_checkpoint, load_partial
+from interop.names import OFFICIAL, OURS, convert_state_dict, translate_state_dict
+from model import Mask2Former
+from tools import export
+
+ROOT = Path(distill.__file__).parent
+
+
+def official_resnet(blocks, num_classes=80, num_queries=100, C=256) -> dict:
+    """Return {name: shape} of the entries of an official Mask2Former with a ResNet."""
+    shapes = {}
+
+    def conv_with_frozen_norm(name, *weight):
+        shapes[f"{name}.weight"] = weight
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.norm.{part}"] = weight[:1]
+
+    conv_with_frozen_norm("backbone.stem.conv1", 64, 3, 7, 7)
+    before = 64
+    for stage, count in enumerate(blocks):
+        inner, after = 64 * 2**stage, 256 * 2**stage
+        for block in range(count):
+            name = f"backbone.res{stage + 2}.{block}"
+            if block == 0:
+                conv_with_frozen_norm(f"{name}.shortcut", after, before, 1, 1)
+            conv_with_frozen_norm(f"{name}.conv1", inner, before, 1, 1)
+            conv_with_frozen_norm(f"{name}.conv2", inner, inner, 3, 3)
+            conv_with_frozen_norm(f"{name}.conv3", after, inner, 1, 1)
+            before = after
+    return shapes | official_head([256, 512, 1024, 2048], num_classes, num_queries, C)
+
+
+def official_swin(width, depths, heads, window, num_classes=80, num_queries=100, C=256) -> dict:
+    """Return {name: shape} of the entries of an official Mask2Former with a Swin."""
+    shapes = {}
+
+    def layer(name, *weight, bias=True):
+        shapes[f"{name}.weight"] = weight
+        if bias:
+            shapes[f"{name}.bias"] = weight[:1]
+
+    layer("backbone.patch_embed.proj", width, 3, 4, 4)
+    layer("backbone.patch_embed.norm", width)
+    for stage, (depth, M) in enumerate(zip(depths, heads)):
+        D = width * 2**stage
+        for block in range(depth):
+            name = f"backbone.layers.{stage}.blocks.{block}"
+            for norm in ("norm1", "norm2"):
+                layer(f"{name}.{norm}", D)
+            shapes[f"{name}.attn.relative_position_bias_table"] = (2 * window - 1) ** 2, M
+            shapes[f"{name}.attn.relative_position_index"] = window**2, window**2
+            layer(f"{name}.attn.qkv", 3 * D, D)
+            layer(f"{name}.attn.proj", D, D)
+            layer(f"{name}.mlp.fc1", 4 * D, D)
+            layer(f"{name}.mlp.fc2", D, 4 * D)
+        if stage < 3:
+            layer(f"backbone.layers.{stage}.downsample.reduction", 2 * D, 4 * D, bias=False)
+            layer(f"backbone.layers.{stage}.downsample.norm", 4 * D)
+        layer(f"backbone.norm{stage}", D)
+    channels = [width * 2**stage for stage in range(4)]
+    return shapes | official_head(channels, num_classes, num_queries, C)
+
+
+def official_head(channels, num_classes, num_queries, C) -> dict:
+    shapes = {}
+
+    def layer(name, *weight, bias=True):
+        shapes[f"sem_seg_head.{name}.weight"] = weight
+        if bias:
+            shapes[f"sem_seg_head.{name}.bias"] = weight[:1]
+
+    for level in range(3):
+        layer(f"pixel_decoder.input_proj.{level}.0", C, channels[3 - level], 1, 1)
+        layer(f"pixel_decoder.input_proj.{level}.1", C)
+    shapes["sem_seg_head.pixel_decoder.transformer.level_embed"] = 3, C
+    for number in range(6):
+        name = f"pixel_decoder.transformer.encoder.layers.{number}"
+        layer(f"{name}.self_attn.sampling_offsets", 8 * 3 * 4 * 2, C)
+        layer(f"{name}.self_attn.attention_weights", 8 * 3 * 4, C)
+        layer(f"{name}.self_attn.value_proj", C, C)
+        layer(f"{name}.self_attn.output_proj", C, C)
+        layer(f"{name}.linear1", 1024, C)
+        layer(f"{name}.linear2", C, 1024)
+        layer(f"{name}.norm1", C)
+        layer(f"{name}.norm2", C)
+    layer("pixel_decoder.mask_features", C, C, 1, 1)
+    layer("pixel_decoder.adapter_1", C, channels[0], 1, 1, bias=False)
+    layer("pixel_decoder.adapter_1.norm", C)
+    layer("pixel_decoder.layer_1", C, C, 3, 3, bias=False)
+    layer("pixel_decoder.layer_1.norm", C)
+    for number in range(9):
+        for kind, attention in (("self", "self_attn"), ("cross", "multihead_attn")):
+            name = f"predictor.transformer_{kind}_attention_layers.{number}"
+            shapes[f"sem_seg_head.{name}.{attention}.in_proj_weight"] = 3 * C, C
+            shapes[f"sem_seg_head.{name}.{attention}.in_proj_bias"] = (3 * C,)
+            layer(f"{name}.{attention}.out_proj", C, C)
+            layer(f"{name}.norm", C)
+        name = f"predictor.transformer_ffn_layers.{number}"
+        layer(f"{name}.linear1", 2048, C)
+        layer(f"{name}.linear2", C, 2048)
+        layer(f"{name}.norm", C)
+    layer("predictor.decoder_norm", C)
+    layer("predictor.query_feat", num_queries, C, bias=False)
+    layer("predictor.query_embed", num_queries, C, bias=False)
+    layer("predictor.level_embed", 3, C, bias=False)
+    layer("predictor.class_embed", num_classes + 1, C)
+    for number in range(3):
+        layer(f"predictor.mask_embed.layers.{number}", C, C)
+    shapes["criterion.empty_weight"] = (num_classes + 1,)
+    return shapes
+
+
+SHAPES = {  # with the published numbers of parameters, in millions
+    "resnet50": (official_resnet([3, 4, 6, 3]), 44.0),
+    "resnet101": (official_resnet([3, 4, 23, 3]), 63.0),
+    "swin_t": (official_swin(96, [2, 2, 6, 2], [3, 6, 12, 24], 7), 47.4),
+    "swin_s": (official_swin(96, [2, 2, 18, 2], [3, 6, 12, 24], 7), 68.7),
+    "swin_b": (official_swin(128, [2, 2, 18, 2], [4, 8, 16, 32], 12), 106.9),
+    "swin_l": (official_swin(192, [2, 2, 18, 2], [6, 12, 24, 48], 12, num_queries=200), 215.5),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_official_files_of_every_backbone_fit(name):
+    """Names and shapes agree, the backbone is recognized, and the size is the published one."""
+    shapes, millions = SHAPES[name]
+    with torch.device("meta"):
+        model = Mask2Former(80, name, num_queries=200 if name == "swin_l" else 100)
+        found = convert_state_dict({key: torch.empty(shape) for key, shape in shapes.items()})
+    args = infer_model_args(found)
+    assert args["backbone"] == name and args["num_queries"] == (200 if name == "swin_l" else 100)
+    own = {key: value.shape for key, value in model.state_dict().items()}
+    assert {key: value.shape for key, value in found.items()} == own
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+@pytest.fixture(scope="module")
+def official():
+    """Return an official R50 state dict with 80 classes as numpy arrays with small random values."""
+    rng = np.random.default_rng(0)
+    return {
+        name: rng.uniform(0.01, 0.02, shape).astype(np.float32)
+        for name, shape in SHAPES["resnet50"][0].items()
+    }
+
+
+def holds(found, official):
+    """Return whether a state dict of this project has the same bits as an official one."""
+    expected = convert_state_dict({name: torch.from_numpy(value) for name, value in official.items()})
+    return found.keys() == expected.keys() and all(torch.equal(found[n], v) for n, v in expected.items())
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_an_official_pkl_is_read(official, tmp_path, protocol):
+    with open(tmp_path / "model.pkl", "wb") as file:
+        pickle.dump({"model": official, "__author__": "someone", "matching_heuristics": True}, file, protocol)
+    checkpoint = load_any_checkpoint(tmp_path / "model.pkl")
+    assert holds(checkpoint["model"], official) and checkpoint["teacher"] is None
+    Mask2Former(**checkpoint["model_args"]).load_state_dict(checkpoint["model"])
+
+
+def test_the_older_name_of_the_query_features_is_read(official, tmp_path):
+    older = dict(official)
+    older["sem_seg_head.predictor.static_query.weight"] = older.pop(
+        "sem_seg_head.predictor.query_feat.weight"
+    )
+    with open(tmp_path / "model.pkl", "wb") as file:
+        pickle.dump({"model": older}, file)
+    assert holds(load_any_checkpoint(tmp_path / "model.pkl")["model"], official)
+
+
+def test_a_checkpoint_of_guided_distillation_has_a_student_and_a_teacher(official, tmp_path):
+    other = {name: value + 1 for name, value in official.items()}
+    both = {f"modelStudent.{name}": torch.from_numpy(value) for name, value in official.items()}
+    both |= {f"modelTeacher.{name}": torch.from_numpy(value) for name, value in other.items()}
+    torch.save({"model": both, "optimizer": {"state": {}}, "iteration": 9}, tmp_path / "model_0000009.pth")
+    checkpoint = load_any_checkpoint(tmp_path / "model_0000009.pth")
+    assert holds(checkpoint["model"], official) and holds(checkpoint["teacher"], other)
+
+
+@pytest.mark.parametrize(
+    "dtype, order",
+    [("float64", "C"), (">f4", "C"), ("float16", "F"), ("int64", "C"), ("bool", "C"), ("uint8", "F")],
+)
+def test_arrays_of_every_kind_come_out_of_a_pickle_as_they_went_in(tmp_path, dtype, order):
+    array = np.asfortranarray(np.arange(6).reshape(2, 3) % 2, dtype=dtype)
+    array = np.array(array, order=order)
+    scalar = np.array(3, dtype=dtype)
+    for protocol in range(6):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a": array, "b": [scalar], "c": scalar}, protocol))
+        found = _read_file(tmp_path / "a.pkl")
+        assert np.array_equal(found["a"].numpy(), array) and found["c"].item() == scalar
+
+
+class Call:
+    """An object that is pickled as the call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "content, word",
+    [
+        (Call(os.system, "touch ran"), "system"),
+        (Call(eval, "open('ran', 'w')"), "eval"),
+        (Call(np.load, "ran"), "only numpy arrays"),
+        ({"model": {"x": Path("ran")}}, "Path"),
+        ({"model": {"x": np.array([Call(os.system, "touch ran")], dtype=object)}}, "system"),
+        ({"model": {"x": np.array([None])}}, "not of numbers"),
+        ({"model": {"x": np.array([(1, 2)], dtype="i4,i4")}}, "not of numbers"),
+    ],
+)
+def test_a_pickle_that_asks_for_more_than_arrays_is_refused_before_anything_runs(
+    tmp_path, monkeypatch, content, word
+):
+    monkeypatch.chdir(tmp_path)
+    Path("model.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(ValueError, match=word):
+        load_any_checkpoint("model.pkl")
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (torch.zeros(3), "no dictionary"),
+        ([torch.zeros(3)], "no dictionary"),
+        ({0: torch.zeros(3)}, "no dictionary"),
+        ({"model": 3}, "no state dict"),
+        ({"model": {"sem_seg_head.predictor.query_feat.weight": 3}}, "no state dict"),
+        ({"sem_seg_head.predictor.query_feat.weight": torch.zeros(3, 4)}, "backbone is none of"),
+        ({"some.name": torch.zeros(3)}, "neither the official"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, content, words):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=words):
+        load_any_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("missing", ["predictor.query_feat.weight", "predictor.class_embed.weight"])
+def test_a_missing_parameter_is_named(official, tmp_path, missing):
+    less = {name: torch.from_numpy(value) for name, value in official.items() if missing not in name}
+    torch.save(less, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="'decoder.(query_features|class_head).weight' is missing"):
+        load_any_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_query_without_its_key_is_refused():
+    part = "model.transformer_module.decoder.layers.0.self_attn.q_proj.weight"
+    names = {part: torch.zeros(4, 4), "model.pixel_level_module.decoder.level_embed": torch.zeros(3, 4)}
+    with pytest.raises(ValueError, match="self_attn.in_proj_weight' is missing"):
+        convert_state_dict(names)
+
+
+def test_the_name_of_a_file_says_nothing(official, tmp_path):
+    (tmp_path / "a.pth").write_bytes(pickle.dumps({"model": official}))
+    torch.save({n: torch.from_numpy(v) for n, v in official.items()}, tmp_path / "b.pkl")
+    legacy = {n: torch.from_numpy(v) for n, v in official.items()}
+    torch.save(legacy, tmp_path / "c.safetensors", _use_new_zipfile_serialization=False)
+    for name in ("a.pth", "b.pkl", "c.safetensors"):
+        assert holds(load_any_checkpoint(tmp_path / name)["model"], official)
+
+
+@pytest.mark.parametrize("name", ["a.pkl", "a.pth", "a.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x05\x95\xff\xff\xff\xff", b"PK\x03\x04 hello"])
+def test_a_damaged_file_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        load_any_checkpoint(tmp_path / name)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint.*gone.pkl"):
+        load_any_checkpoint(tmp_path / "gone.pkl")
+
+
+# ---------------------------------------------------------------------------------------- our own checkpoints
+
+
+def format_1(make_model, phase="distill", **config):
+    """A checkpoint as the former training code wrote it, with every key of its configuration."""
+    tiny = make_model()
+    paths = dict(root="", train_json="", val_json="", image_folder="", out="runs/shapes-0.02")
+    model = dict(
+        hidden_dim=32, encoder_layers=1, encoder_ffn=48, decoder_layers=2, decoder_ffn=64,
+        backbone_args=None, pixel_mean=(), pixel_std=(),
+    )  # fmt: skip
+    renamed = dict(
+        unlabelled=["photos"], split="ids.txt", scale=(0.8, 1.25), short_side=(64, 80), colour=True,
+        init="a.pkl", clip=1.0, accumulate=2, labels_only=False, max_overlap=0.8, fine_masks=True,
+        teacher="t.pt", student="s.pt", refine=50, test_short_side=100, test_long_side=200,
+    )  # fmt: skip
+    dropped = dict(
+        mask_threshold=0.0, pixel_weights=False, score_power=0.0, keep=2, loader_timeout=300.0, warmup=0.05
+    )
+    kept = dict(data="shapes", preset="shapes", ratio=0.02, crop=(96, 96), lr=1e-3, steps=(500, 700, 900))
+    return {
+        "format": 1, "phase": phase, "step": 900, "world_size": 2,
+        "config": paths | model | renamed | dropped | kept | config,
+        "model_args": TINY, "student": tiny.state_dict(), "teacher": make_model(seed=1).state_dict(),
+        "optimizer": {"state": {}, "param_groups": []}, "class_names": ["a", "b", "c"],
+        "category_ids": [1, 2, 3], "split": "f00d", "ap": {"AP": 44.0},
+    }  # fmt: skip
+
+
+def test_a_checkpoint_of_format_1_is_upgraded(make_model):
+    checkpoint = format_1(make_model)
+    before = {**checkpoint, "config": dict(checkpoint["config"])}
+    upgraded = upgrade_checkpoint(checkpoint)
+    assert checkpoint == before, "the argument is not changed"
+    assert upgraded.pop("model") is checkpoint["student"] and upgraded["teacher"] is checkpoint["teacher"]
+    assert upgraded.pop("format") == 2
+    assert upgraded.pop("config") == dict(
+        data="shapes", preset="shapes", ratio=0.02, crop=(96, 96), lr=1e-3, steps=(500, 700, 900),
+        root="", train_json="", val_json="", image_folder="", out="runs/shapes-0.02",
+        unlabeled=["photos"], labeled_list="ids.txt", lsj_scale=(0.8, 1.25), short_sides=(64, 80),
+        color_jitter=True, init_from="a.pkl", clip_grad_norm=1.0, grad_accum_steps=2, supervised_only=False,
+        mask_nms_iou=0.8, full_res_masks=True, teacher_checkpoint="t.pt", student_checkpoint="s.pt",
+        finetune_steps=50, test_size=(100, 200),
+        model_args=dict(hidden_dim=32, encoder_layers=1, encoder_ffn=48, decoder_layers=2, decoder_ffn=64),
+    )  # fmt: skip
+    others = checkpoint.keys() - {"format", "student", "config"}
+    assert upgraded == {name: checkpoint[name] for name in others}
+
+
+@pytest.mark.parametrize(
+    "former, phase",
+    [
+        ("labels_only", "supervised"),
+        ("refine", "finetune"),
+        ("teacher", "teacher"),
+        ("distill", "distill"),
+    ],
+)
+def test_phases_of_format_1_get_their_new_names(make_model, former, phase):
+    assert upgrade_checkpoint(format_1(make_model, former))["phase"] == phase
+
+
+def test_model_arguments_of_format_1_move_into_one_dictionary(make_model):
+    given = dict(pixel_mean=(1.0, 2.0, 3.0), pixel_std=(4.0, 5.0, 6.0), backbone_args={"stem_type": ""})
+    config = upgrade_checkpoint(format_1(make_model, **given))["config"]
+    assert config["model_args"].items() >= given.items() and not config.keys() & given.keys()
+    empty = upgrade_checkpoint(format_1(make_model, backbone_args={}))["config"]
+    assert not empty["model_args"].keys() & given.keys() and not empty.keys() & given.keys()
+
+
+def test_only_format_1_is_upgraded(make_model):
+    upgraded = upgrade_checkpoint(format_1(make_model))
+    with pytest.raises(ValueError, match="format is 2, not 1"):
+        upgrade_checkpoint(upgraded)
+
+
+def test_our_checkpoints_of_both_formats_are_read_in_format_2(make_model, tmp_path):
+    checkpoint = format_1(make_model)
+    torch.save(checkpoint, tmp_path / "1.pt")
+    torch.save(upgrade_checkpoint(checkpoint), tmp_path / "2.pt")
+    for file in ("1.pt", "2.pt"):
+        found = load_any_checkpoint(tmp_path / file)
+        assert found["format"] == 2 and found["config"]["lsj_scale"] == (0.8, 1.25)
+        assert found.keys() == upgrade_checkpoint(checkpoint).keys()
+        model = Mask2Former(**found["model_args"])
+        model.load_state_dict(found["model"])
+        model.load_state_dict(found["teacher"])
+
+
+# ------------------------------------------------------------------------------------------- starting from it
+
+
+def test_other_classes_and_queries_are_taken_in_and_said(make_model):
+    source, model = make_model(seed=1, num_classes=7, num_queries=4), make_model(seed=2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    notes = load_partial(model, source.state_dict())
+    assert len(notes) == 2 and "7 classes, the model 3" in notes[0] and "4 queries, the model 6" in notes[1]
+    for name, value in model.state_dict().items():
+        if "class_head" in name:
+            assert torch.equal(value, before[name])
+        elif "query_" in name:
+            assert torch.equal(value[:4], source.state_dict()[name])
+            assert torch.equal(value[4:], before[name][4:])
+        else:
+            assert torch.equal(value, source.state_dict()[name])
+
+
+def test_fewer_queries_are_the_first_ones(make_model):
+    source, model = make_model(seed=1, num_queries=9), make_model(seed=2)
+    assert len(load_partial(model, source.state_dict())) == 1
+    name = "decoder.query_features.weight"
+    assert torch.equal(model.state_dict()[name], source.state_dict()[name][:6])
+
+
+def test_the_same_model_is_taken_over_silently(make_model):
+    source, model = make_model(seed=1), make_model(seed=2)
+    assert load_partial(model, source.state_dict()) == []
+    assert all(torch.equal(v, source.state_dict()[n]) for n, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda s: s.pop("decoder.norm.weight"), "'decoder.norm.weight' is missing"),
+        (lambda s: s.pop("decoder.class_head.bias"), "'decoder.class_head.weight'|'decoder.class_head.bias'"),
+        (lambda s: s.update({"decoder.nrm.weight": torch.ones(1)}), "no parameter 'decoder.nrm.weight'"),
+        (lambda s: s.update({"decoder.norm.bias": torch.ones(9)}), r"'decoder.norm.bias' is \(9,\)"),
+        (
+            lambda s: s.update({"decoder.query_features.weight": torch.ones(9, 8)}),
+            r"is \(9, 8\), the model's",
+        ),
+    ],
+)
+def test_any_other_difference_is_an_error_that_names_it(make_model, change, words):
+    state_dict = make_model().state_dict()
+    change(state_dict)
+    with pytest.raises(ValueError, match=words):
+        load_partial(make_model(), state_dict)
+
+
+def test_a_checkpoint_of_other_code_needs_the_name_of_the_data(pkl):
+    path, _ = pkl
+    error = run("evaluate.py", path, code=2).stderr
+    assert error == f"error: cannot infer the dataset from {path}; pass --data\n"
+
+
+TRAINED = "--preset shapes --ratio 0.5 --steps 1 --crop 64,64 --num-queries 6 --hidden-dim 32 --batch 2"
+TRAINED += " --encoder-ffn 32 --decoder-layers 2 --decoder-ffn 32 --num-points 64 --norm frozen"
+TRAINED += " --backbone resnet50 --backbone-args {}"
+
+
+@pytest.fixture(scope="module")
+def pkl(tmp_path_factory):
+    """A small model of 7 classes and 9 queries in an official file."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_dim=32, encoder_layers=1, encoder_ffn=32, decoder_layers=2, decoder_ffn=32)
+    model = Mask2Former(7, "resnet50", num_queries=9, **sizes)
+    names = translate_state_dict(model.state_dict(), OURS, OFFICIAL)
+    path = tmp_path_factory.mktemp("official") / "model_final.pkl"
+    path.write_bytes(pickle.dumps({"model": {name: value.numpy() for name, value in names.items()}}))
+    return path, model
+
+
+def test_training_starts_from_an_official_file(pkl, shapes, tmp_path):
+    """Both fresh models do, and what was not loaded is printed once. A learning rate of 0 changes nothing."""
+    path, source = pkl
+    flags = ["--data", shapes, *TRAINED.split(), "--init-from", path, "--lr", "0", "--out", tmp_path]
+    printed = run("burnin.py", *flags).stdout
+    assert printed.count("7 classes, the model 4") == printed.count("9 queries, the model 6") == 1
+    for phase in ("teacher", "burnin"):
+        found = load_any_checkpoint(tmp_path / f"{phase}.pt")["model"]
+        for name, value in source.state_dict().items():
+            if "query_" in name:
+                assert torch.equal(found[name], value[:6])
+            elif "class_head" not in name:
+                assert torch.equal(found[name], value), name
+
+
+def test_an_official_file_can_be_the_teacher_only_with_the_classes_of_the_data(pkl, shapes, tmp_path):
+    flags = ["--data", shapes, *TRAINED.split(), "--teacher-checkpoint", pkl[0], "--out", tmp_path]
+    error = run("burnin.py", *flags, code=2).stderr
+    assert error == "error: the checkpoint has 7 classes, the data has 4\n"
+
+
+def test_an_official_file_teaches_to_the_end(shapes, tmp_path):
+    """All phases run, with the table and the picture at the end."""
+    sizes = dict(hidden_dim=32, encoder_layers=1, encoder_ffn=32, decoder_layers=1, decoder_ffn=32)
+    model = Mask2Former(4, "resnet50", num_queries=3, **sizes)
+    names = translate_state_dict(model.state_dict(), OURS, OFFICIAL)
+    path = tmp_path / "teacher.pkl"
+    path.write_bytes(pickle.dumps({"model": {name: value.numpy() for name, value in names.items()}}))
+    small = TRAINED.replace("resnet50", "resnet10t").replace("frozen", "group").split()
+    printed = run(
+        "distill.py", "--data", shapes, *small, "--teacher-checkpoint", path, "--out", tmp_path
+    ).stdout
+    assert "burnt-in" in printed and (tmp_path / "predictions.png").exists()
+
+
+def test_an_official_file_is_evaluated(pkl, make_dataset, tmp_path, capsys):
+    """Like the model itself."""
+    path, source = pkl
+    rng = np.random.default_rng(0)
+    images = {number: rng.integers(0, 256, (64, 64, 3)) for number in range(2)}
+    square = [[8, 8, 40, 8, 40, 40, 8, 40]]
+    annotations = [
+        dict(image_id=i, category_id=1, segmentation=square, area=1024, bbox=[8, 8, 32, 32]) for i in images
+    ]
+    dataset = make_dataset(images, annotations, category_ids=range(1, 8))
+    for split in ("train", "val"):
+        (tmp_path / f"instances_{split}.json").write_text((tmp_path / "instances.json").read_text())
+    evaluate.main([str(path), "--data", str(tmp_path), "--test-size", "0,0", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert evaluate.ap_table({"student": evaluate.evaluate(source, dataset)}) in printed
+    with pytest.raises(SystemExit):
+        evaluate.main([str(path)])
+    assert "--data" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- export
+
+
+@pytest.fixture
+def without_programs(monkeypatch):
+    """Export the weights only. test_export.py tests the programs, which take long to trace."""
+    monkeypatch.setattr("tools.export.write_programs", lambda *_: "no programs")
+
+
+def perturbed(model):
+    """Change every value of a model a little, so that no two parameters have the same values."""
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            value += 0.02 * torch.rand_like(value) if "var" in name else 0.02 * torch.randn_like(value)
+    return model.eval()
+
+
+SMALL_SWIN = dict(embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4), window_size=4)
+
+
+@pytest.mark.parametrize(
+    "which, arguments",
+    [
+        ("student", dict(backbone="resnet50")),
+        ("teacher", dict(backbone="resnet50", norm="batch")),
+        ("student", dict(backbone="swin_t", num_queries=7)),
+        ("student", dict(backbone="swin_t", backbone_args=SMALL_SWIN, hidden_dim=32)),
+    ],
+)
+@pytest.mark.usefixtures("without_programs")
+def test_an_exported_model_is_the_same_in_transformers(tmp_path, which, arguments):
+    arguments = dict(num_classes=3, encoder_layers=1, decoder_layers=2, decoder_ffn=64, **arguments)
+    torch.manual_seed(0)
+    model, other = perturbed(Mask2Former(**arguments)), Mask2Former(**arguments).state_dict()
+    checkpoint = {
+        "format": 2, "model": other, "teacher": other, "model_args": arguments,
+        "class_names": ["a", "b", "c"], {"student": "model"}.get(which, which): model.state_dict(),
+    }  # fmt: skip
+    torch.save(checkpoint, tmp_path / "distill.pt")
+    export.main([str(tmp_path / "distill.pt"), str(tmp_path / "out"), "--which", which])
+
+    exported, report = Mask2FormerForUniversalSegmentation.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert exported.config.id2label == {0: "a", 1: "b", 2: "c"}
+    images = torch.randint(0, 256, (1, 3, 256, 288))
+    pixels = (images - model.pixel_mean) / model.pixel_std
+    with torch.no_grad():
+        found, expected = exported.eval()(pixels), model(images)
+    for name, other in (("pred_logits", "class_queries_logits"), ("pred_masks", "masks_queries_logits")):
+        scale = expected[name].abs().max()
+        torch.testing.assert_close(found[other] / scale, expected[name] / scale, rtol=0, atol=1e-5)
+
+    for file in ("model.safetensors", "official.safetensors"):  # both are read back with the same bits
+        again = convert_state_dict(load_file(tmp_path / "out" / file))
+        own = {name: value for name, value in model.state_dict().items() if "num_batches" not in name}
+        assert again.keys() == own.keys() and all(torch.equal(again[n], v) for n, v in own.items())
+
+
+@pytest.mark.usefixtures("without_programs")
+def test_a_teacher_of_another_architecture_is_exported_with_its_own(tmp_path):
+    sizes = dict(num_classes=2, hidden_dim=32, encoder_layers=1, decoder_layers=1)
+    student, teacher = ({**sizes, "backbone": name} for name in ("resnet50", "resnet101"))
+    checkpoint = {
+        "format": 2, "model": Mask2Former(**student).state_dict(), "model_args": student,
+        "teacher": Mask2Former(**teacher).state_dict(), "teacher_args": teacher,
+    }  # fmt: skip
+    torch.save(checkpoint, tmp_path / "burnin.pt")
+    export.main([str(tmp_path / "burnin.pt"), str(tmp_path / "out"), "--which", "teacher"])
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["backbone_config"]["backbone"] == "resnet101"
+
+
+@pytest.mark.usefixtures("without_programs")
+def test_the_official_form_read_and_written_again_has_the_same_bytes(tmp_path, official):
+    tensors = {
+        name: torch.from_numpy(value) for name, value in official.items() if name != "criterion.empty_weight"
+    }
+    save_file(tensors, tmp_path / "first.safetensors", metadata={"format": "pt"})
+    export.main([str(tmp_path / "first.safetensors"), str(tmp_path)])
+    found = load_file(tmp_path / "official.safetensors")
+    assert found.keys() == tensors.keys()
+    assert (tmp_path / "official.safetensors").read_bytes() == (tmp_path / "first.safetensors").read_bytes()
+
+
+def test_a_missing_teacher_cannot_be_exported(tmp_path, make_model, capsys):
+    model = make_model()
+    checkpoint = {"format": 2, "model": model.state_dict(), "teacher": None, "model_args": TINY}
+    torch.save(checkpoint, tmp_path / "a.pt")
+    with pytest.raises(SystemExit):
+        export.main([str(tmp_path / "a.pt"), str(tmp_path / "out"), "--which", "teacher"])
+    assert "cannot export the teacher" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

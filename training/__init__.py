@@ -1,0 +1,1 @@
+"""Code that all phases share: options, processes, optimizer, checkpoints, logs."""

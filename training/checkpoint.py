@@ -1,0 +1,305 @@
+"""Checkpoints that are written completely or not at all, and resuming from them.
+
+While a phase runs, out/<phase>.step-<step>.pt hold everything needed to resume it. When it is done,
+out/<phase>.pt holds its result, and the others are removed. What the phase trains is stored under
+"model", the frozen or EMA teacher under "teacher"."""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import inspect
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import torch
+
+from interop.legacy import upgrade_checkpoint
+from interop.load import check_archive, load_any_checkpoint
+from model import Mask2Former
+from training import signals
+from training.cli import expected_errors
+from training.config import Config
+from training.distributed import (
+    Env,
+    any_rank,
+    assert_same_on_all_ranks,
+    barrier,
+    print_rank0,
+    rank,
+    warn_once,
+    world_size,
+)
+
+FORMAT = 2
+REQUIRED_KEYS = (
+    "format",
+    "phase",
+    "step",
+    "world_size",
+    "config",
+    "model_args",
+    "model",
+    "teacher",
+    "optimizer",
+)
+PHASES = ("teacher", "burnin", "distill", "finetune", "supervised")
+KEEP = 2  # checkpoints of a running phase: the newest may be damaged
+# Options that may change when a run is resumed. The supervised baseline shares the folder of a run, and
+# --scale-to-batch shows in lr, steps and ema_decay.
+MAY_CHANGE_ON_RESUME = {"root", "out", "preset", "workers", "device", "supervised_only", "scale_to_batch"}
+MAY_CHANGE_ON_RESUME |= {"grad_accum_steps", "log_every", "save_every", "eval_every", "tensorboard"}
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write a checkpoint completely or not at all, even if the machine fails: write a temporary file,
+    flush it to the disk, rename it, and flush the new name. Raises OSError if the disk is full."""
+    temporary = path.with_name(path.name.split(".")[0] + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **checkpoint}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = f"{shutil.disk_usage(path.parent).free:,} bytes are free there; {error}"
+        raise OSError(f"cannot write {path}, earlier checkpoints are intact: {reason}") from None
+
+
+def load_checkpoint(path) -> dict:
+    """Load a checkpoint of this project onto the CPU. Nothing in the file is executed.
+
+    Returns a dictionary with all of REQUIRED_KEYS; one of the former format is converted. Raises
+    ValueError for a file that is damaged or not ours, OSError for one that cannot be read."""
+    try:
+        check_archive(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError:
+        raise ValueError(f"no checkpoint {str(path)!r}") from None
+    except Exception as error:  # torch raises many kinds for a damaged file
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE):
+            raise OSError(f"cannot read {path}: {error.strerror}") from None
+        raise ValueError(f"{path} is not a checkpoint, or is damaged: {type(error).__name__}") from None
+    if isinstance(checkpoint, dict) and checkpoint.get("format") == 1:
+        checkpoint = upgrade_checkpoint(checkpoint)
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of this project, format {FORMAT}")
+    missing = [name for name in REQUIRED_KEYS if name not in checkpoint]
+    if missing:
+        raise ValueError(f"{path} is incomplete: it has no {missing[0]!r}")
+    return checkpoint
+
+
+def load_model(checkpoint: dict, device, which: str = "model") -> Mask2Former:
+    """Build the "model" or the "teacher" of a checkpoint on a device, frozen and in evaluation mode."""
+    # In guided burn-in the teacher may have another architecture than the student.
+    teacher_args = which == "teacher" and checkpoint.get("teacher_args")
+    model = Mask2Former(**(teacher_args or checkpoint["model_args"]))
+    model.load_state_dict(checkpoint[which])
+    return model.to(device).eval().requires_grad_(False)
+
+
+def check_classes(checkpoint: dict, class_names: list[str]) -> None:
+    """Raises ValueError unless a checkpoint has the classes of the data, or as many if it has no names."""
+    names, number = checkpoint.get("class_names"), checkpoint["model_args"]["num_classes"]
+    if names and names != class_names:
+        raise ValueError(f"the checkpoint has the classes {names}, the data has {class_names}")
+    if number != len(class_names):
+        raise ValueError(f"the checkpoint has {number} classes, the data has {len(class_names)}")
+
+
+def load_teacher_checkpoint(cfg: Config, class_names: list[str]) -> dict:
+    """Load the teacher of phase 2: that of --teacher-checkpoint, which may be a file of other code, or of
+    phase 1."""
+    path = cfg.teacher_checkpoint
+    checkpoint = load_any_checkpoint(path) if path else load_checkpoint(Path(cfg.out) / "teacher.pt")
+    check_classes(checkpoint, class_names)
+    return checkpoint
+
+
+def with_defaults(model_args: dict) -> dict:
+    """Return arguments of Mask2Former together with the defaults of those that are not given."""
+    parameters = inspect.signature(Mask2Former).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty} | model_args
+
+
+def load_student_checkpoint(cfg: Config, class_names: list[str], model_args: dict) -> dict:
+    """Load the burnt-in student of phase 3. Raises ValueError if it differs from the configured model."""
+    checkpoint = load_checkpoint(cfg.student_checkpoint or Path(cfg.out) / "burnin.pt")
+    check_classes(checkpoint, class_names)
+    stored_args, model_args = with_defaults(checkpoint["model_args"]), with_defaults(model_args)
+    for name in sorted(stored_args.keys() | model_args.keys()):
+        value, stored = model_args.get(name), stored_args.get(name)
+        if value != stored:
+            raise ValueError(
+                f"--student-checkpoint {cfg.student_checkpoint} has {name} {stored!r}, this run has {value!r}"
+            )
+    return checkpoint
+
+
+class Checkpointer:
+    """Save and resume one phase.
+
+    Everything random is a function of seed and step, so weights, optimizer and step are the whole state.
+
+    Args:
+        phase: its name, one of PHASES. steps: its length.
+        model, teacher: raw modules; teacher may be None.
+        describe: plain values that are written into every checkpoint, "model_args" at least."""
+
+    def __init__(self, cfg: Config, phase: str, steps: int, model, optimizer, teacher=None, describe=None):
+        self.cfg, self.phase, self.steps, self.out = cfg, phase, steps, Path(cfg.out)
+        self.model, self.optimizer, self.teacher, self.describe = model, optimizer, teacher, describe or {}
+        self.last_saved = None
+
+    def resume(self, env: Env) -> int:
+        """Load the newest intact checkpoint of the phase, if there is one, and return the step to start
+        at. From here on a stop signal waits for the end of the step."""
+        path, checkpoint = latest_checkpoint(self.out, self.phase)
+        step = checkpoint["step"] if checkpoint else 0
+        assert_same_on_all_ranks(step, "checkpoints of step", env)
+        if checkpoint:
+            self.model.load_state_dict(checkpoint["model"])
+            if self.teacher is not None:
+                self.teacher.load_state_dict(checkpoint["teacher"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            print_rank0(f"{self.phase}: resumed at step {step} of {self.steps} from {path}")
+            if checkpoint["world_size"] != world_size():
+                change = f"{checkpoint['world_size']} processes before, {world_size()} now"
+                warn_once(f"{change}: each step has the same images, but other random points and rounding")
+        signals.defer()
+        return step
+
+    def save_if_due(self, step: int) -> None:
+        """Save every `save_every` steps, before an evaluation, at the end of the phase, and when any rank has
+        received a stop signal, after which the program exits."""
+        stop = any_rank(signals.stop_requested())
+        every = [number for number in (self.cfg.save_every, self.cfg.eval_every) if number]
+        if stop or step == self.steps or any(step % number == 0 for number in every):
+            self.save_step(step)
+        if stop:
+            print_rank0(f"{self.phase}: saved at step {step}; the same command resumes from here")
+            signals.exit_after_save()
+
+    def save_step(self, step: int) -> None:
+        """Write a checkpoint to resume from, and remove all but the last KEEP."""
+        if self.last_saved != step:
+            self.save(self.out / f"{self.phase}.step-{step:07}.pt", step)
+            if rank() == 0:
+                for old in step_files(self.out, self.phase)[KEEP:]:
+                    old.unlink()
+            barrier()  # no rank may exit while rank 0 writes
+            self.last_saved = step
+
+    def save(self, path: Path, step: int, **results) -> None:
+        if rank() == 0:
+            checkpoint = {
+                "phase": self.phase,
+                "step": step,
+                "world_size": world_size(),
+                "config": dataclasses.asdict(self.cfg),
+                "model": self.model.state_dict(),
+                "teacher": self.teacher.state_dict() if self.teacher is not None else None,
+                "optimizer": self.optimizer.state_dict(),
+                **self.describe,
+                **results,
+            }
+            with expected_errors(OSError):
+                save_checkpoint(path, checkpoint)
+
+    def finish(self, **results) -> None:
+        """Write the phase's final checkpoint with its results, and remove those to resume from."""
+        self.save(self.out / f"{self.phase}.pt", self.steps, **results)
+        if rank() == 0:
+            for old in step_files(self.out, self.phase):
+                old.unlink()
+        barrier()
+        print_rank0(f"{self.phase} done -> {self.out / (self.phase + '.pt')}")
+
+
+def step_files(out, phase: str) -> list[Path]:
+    """Return the checkpoints to resume a phase from, newest first."""
+    return sorted(Path(out).glob(f"{phase}.step-*.pt"), reverse=True)
+
+
+def latest_checkpoint(out, phase: str) -> tuple:
+    """Return path and content of the newest intact checkpoint of a running phase, (None, None) if it has
+    none.
+    Raises ValueError if all are damaged."""
+    files = step_files(out, phase)
+    for path in files:
+        try:
+            return path, load_checkpoint(path)
+        except ValueError as error:
+            warn_once(f"{error}; trying the one before it")
+    if files:
+        raise ValueError(
+            f"all checkpoints {out}/{phase}.step-*.pt are damaged; remove them to restart the phase"
+        )
+    return None, None
+
+
+def completed_phases(cfg: Config, env: Env, split: str) -> set[str]:
+    """Return the phases whose final checkpoint exists. split: the hash of the labeled images.
+
+    Raises ValueError if such a checkpoint, or one to resume from, was made with other options or labeled
+    images."""
+    checked = [phase for phase in PHASES if phase != "finetune" or cfg.finetune_steps]
+    phases = {phase for phase in checked if is_completed(cfg, phase, split)}
+    assert_same_on_all_ranks(len(phases), "numbers of completed phases", env)
+    return phases
+
+
+def is_completed(cfg: Config, phase: str, split: str) -> bool:
+    final = Path(cfg.out) / f"{phase}.pt"
+    may_change = MAY_CHANGE_ON_RESUME | ({"finetune_steps"} if phase != "finetune" else set())
+    try:
+        completed = load_checkpoint(final) if final.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{error}; remove it to run its phase again") from None
+    for path, checkpoint in ((final, completed), latest_checkpoint(cfg.out, phase)):
+        if checkpoint:
+            before = checkpoint["config"] | {"split": checkpoint.get("split")}
+            now = dataclasses.asdict(cfg)
+            del now["labeled_list"]  # its images count, not the name of the file
+            now["split"] = split  # last, because the other options explain more
+            same_model = with_defaults(before["model_args"]) == with_defaults(now["model_args"])
+            equal = {"model_args"} if same_model else set()
+            for name in now:
+                if name in before.keys() - may_change - equal and before[name] != now[name]:
+                    change = f"{name} {before[name]!r}, now {now[name]!r}"
+                    advice = "remove it to fine-tune again" if phase == "finetune" else "choose another --out"
+                    raise ValueError(f"{path} was made with other options ({change}); {advice}")
+    return final.exists()
+
+
+_locks = {}  # open files by folder
+
+
+def lock(folder: Path) -> None:
+    """Reserve a folder for this process as long as it lives; the system releases it however the process ends.
+    Raises ValueError if another process has it, or if it cannot be written."""
+    if folder in _locks:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"cannot write to {str(folder)!r}: {error.strerror}") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):  # some file systems have no locks: go without
+            file.seek(0)
+            raise ValueError(f"{str(folder)!r} is in use by {file.read()!r}; choose another folder") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    _locks[folder] = file

@@ -1,0 +1,149 @@
+"""Command lines: options as flags, and expected errors as one line."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import re
+import sys
+from typing import NoReturn
+
+from interop.legacy import CONFIG_RENAMES, MODEL_ARGS
+from training.config import PRESETS, Config, rescale_for_batch_size
+
+ALIASES = CONFIG_RENAMES  # former spellings of flags stay valid, but --help does not show them
+TEST_SIZE = ("test_short_side", "test_long_side")  # former spellings of the two numbers of --test-size
+METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT", tuple: "X,X", dict: "JSON", list: "DIR"}
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line and suggest the closest flag."""
+
+    def __init__(self, description, **kwargs):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, allow_abbrev=False, formatter_class=formatter, **kwargs)
+
+    def error(self, message):
+        if message.startswith("unrecognized"):
+            actions = [action for action in self._actions if action.help is not argparse.SUPPRESS]
+            flags = [flag for action in actions for flag in action.option_strings if flag.startswith("--")]
+            close = difflib.get_close_matches(message.split()[2].split("=")[0], flags, n=1)
+            message += f"; did you mean {close[0]}?" if close else "."
+            message += f" Valid flags: {' '.join(flags)}"
+        exit_with_error(message)
+
+
+def parse_config(argv=None, description=None) -> Config:
+    """Build a Config from its defaults, then the preset, then the flags. The preset is that of --preset,
+    or of the dataset, or "coco" for a folder. Exits with one line for a wrong flag; Config raises
+    ValueError for a value."""
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    first = Parser(None, add_help=False)  # the preset comes first, because --help shows its values
+    for name in ("data", "preset"):
+        first.add_argument(f"--{name}")
+    chosen = first.parse_known_args(argv)[0]
+    data = chosen.data or fields["data"].default
+    preset_name = chosen.preset or (data if data in PRESETS else "coco")
+    if preset_name not in PRESETS:
+        exit_with_error(f"unknown preset {preset_name!r}; choose one of {', '.join(sorted(PRESETS))}")
+    preset = PRESETS[preset_name]
+
+    parser = Parser(
+        description,
+        usage="%(prog)s [options]",
+        epilog=f"In brackets: the values of the preset {preset_name!r}.",
+    )
+    for name, field in fields.items():
+        value = preset.get(name, field.default)
+        default = f" [{format_value(value)}]" if value not in ("", None, ()) else ""
+        text = (field.metadata["help"] + default).replace("%", "%%")
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
+        group.add_argument(_flag(name), metavar=METAVARS[field.type], help=text, **_argument_type(field))
+    for old, new in ALIASES.items():
+        parser.add_argument(_flag(old), dest=new, help=argparse.SUPPRESS, **_argument_type(fields[new]))
+    for name in (*MODEL_ARGS, *TEST_SIZE):  # --hidden-dim 64 is --model-args '{"hidden_dim": 64}'
+        parser.add_argument(_flag(name), type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--backbone-args", type=_json, help=argparse.SUPPRESS)
+    flags = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+
+    values = dict(preset)
+    if flags.get("scale_to_batch") and "batch" in flags:
+        values |= rescale_for_batch_size(Config(**preset), flags["batch"])
+    model_args = dict(preset.get("model_args") or {})
+    if flags.get("backbone") not in (None, preset.get("backbone", fields["backbone"].default)):
+        model_args.pop("backbone_args", None)  # they belong to the preset's backbone
+    model_args |= flags.pop("model_args", {})
+    for name in (*MODEL_ARGS, "backbone_args"):
+        if name in flags:
+            model_args[name] = flags.pop(name)
+    given = [flags.pop(name, None) for name in TEST_SIZE]
+    if given != [None, None]:
+        before = flags.get("test_size") or preset.get("test_size") or (None, None)
+        flags["test_size"] = tuple(b if side is None else side for b, side in zip(before, given))
+    return Config(**{**values, **flags, "preset": preset_name, "model_args": model_args})
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _argument_type(field: dataclasses.Field) -> dict:
+    kind = {tuple: parse_numbers, bool: _boolean, dict: _json, list: str}.get(field.type, field.type)
+    return {"type": kind, **{bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(field.type, {})}
+
+
+def format_value(value) -> str:
+    """Format an option's value as it is written on a command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def parse_numbers(text: str) -> tuple:
+    """ "1,2.5" -> (1, 2.5)"""
+    try:
+        numbers = [float(part) for part in text.split(",") if part]
+        return tuple(int(number) if number.is_integer() else number for number in numbers)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, found {text!r}") from None
+
+
+def _json(text: str) -> dict:
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text!r} ({error})") from None
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")
+    return text.lower() == "true"
+
+
+def exit_with_error(message, code: int = 2) -> NoReturn:
+    """Exit with one line on stderr. Exit codes: 0 success; 1 a bug (the only case with a traceback) or
+    the failure of another process; 2 an error that the user can fix; 3 gradients that stay non-finite;
+    143 stopped by a signal."""
+    process = f" (process {os.environ['RANK']})" if "RANK" in os.environ else ""
+    print(f"error{process}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def expected_errors(kinds=(ValueError, OSError)):
+    """Turn expected errors (bad flags or files, dead workers or peers) into a one-line message without a
+    traceback."""
+    try:
+        yield
+    except kinds as error:
+        exit_with_error(error)
+    except RuntimeError as error:
+        if re.match(r"DataLoader (worker \(pid|timed out)", str(error)):
+            exit_with_error(f"cannot load data: {error}; fewer --workers need less memory")
+        if re.search(r"Connection (closed|reset) by peer|Broken pipe", str(error)):
+            exit_with_error("another process has failed; see its message", code=1)
+        raise

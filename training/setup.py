@@ -1,0 +1,263 @@
+"""From a Config to data, fresh models and loss; every mistake of a user is found here, before anything is
+trained."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data import (
+    Augmentation,
+    AugmentedDataset,
+    CocoDataset,
+    UnlabeledImages,
+    endless_batches,
+    labeled_split,
+    repeat_factors,
+    shortest_edge_size,
+    split_from_file,
+    split_hash,
+    stable_seed,
+)
+from interop.load import load_any_checkpoint, load_partial
+from layouts import load_data
+from layouts.cityscapes import is_cityscapes, official_evaluation
+from matcher import SetCriterion
+from model import Mask2Former
+from training.checkpoint import load_student_checkpoint, load_teacher_checkpoint, lock
+from training.cli import expected_errors, format_value
+from training.config import PRESETS, Config, rescale_for_batch_size
+from training.distributed import Env, init_distributed, print_rank0, rank, rank0_first, world_size
+from training.metrics import print_banner, tensorboard_writer
+from training.optimization import lr_multiplier
+
+LOADER_TIMEOUT = 300.0  # seconds without a batch after which a loader process counts as stuck
+
+
+@dataclass
+class Data:
+    """The data of a run: datasets, labeled image ids, the unlabeled pool (every training image, the
+    labeled ones too, and those of --unlabeled), and how training crops are made. val may be None."""
+
+    cfg: Config
+    env: Env
+    train: CocoDataset
+    val: CocoDataset | None
+    labeled: list
+    unlabeled: UnlabeledImages
+    augmentation: Augmentation
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.train.class_names)
+
+    def labeled_batches(self, phase: str, first_step: int, uniform: bool = False) -> Iterator[dict]:
+        """Return endless batches {"image", "targets", "file"} from a step on. Images with rare classes
+        are repeated (data.repeat_factors), unless `uniform`."""
+        threshold = 0 if uniform else self.cfg.repeat_threshold
+        repeats = repeat_factors(self.train, self.labeled, threshold) if threshold else None
+        views = AugmentedDataset(self.train, self.augmentation)
+        return self._batches(views, self.labeled, (phase, "labeled"), first_step, repeats=repeats)
+
+    def unlabeled_batches(self, phase: str, first_step: int) -> Iterator[dict]:
+        """Return endless batches {"image", "strong", "file"}: weak and strong views of the same crops. With
+        --strong-view false the strong view is the weak one."""
+        views = AugmentedDataset(self.unlabeled, self.augmentation, labels=False, strong=self.cfg.strong_view)
+        for batch in self._batches(views, self.unlabeled.image_ids, (phase, "unlabeled"), first_step):
+            yield {"strong": batch["image"], **batch}  # the weak view, if the batch has no strong one
+
+    def _batches(self, views, image_ids, key: tuple, first_step: int, **kwargs):
+        return endless_batches(
+            views,
+            image_ids,
+            batch_size=self.cfg.batch // world_size(),
+            seed=stable_seed(self.cfg.seed, *key),
+            rank=rank(),
+            world_size=world_size(),
+            num_workers=self.cfg.workers,
+            timeout=LOADER_TIMEOUT,
+            first_step=first_step,
+            pin_memory=self.env.device.type == "cuda",
+            **kwargs,
+        )
+
+
+def set_up(cfg: Config) -> tuple[Env, Data, SetCriterion]:
+    """Join the other processes, read the data and build the loss. Raises ValueError for what a user got
+    wrong."""
+    env = init_distributed(cfg.device, cfg.precision)
+    if cfg.batch % world_size():
+        raise ValueError(f"--batch {cfg.batch} must be a multiple of the {world_size()} processes")
+    if cfg.norm == "batch" and world_size() > 1 and env.device.type != "cuda":
+        raise ValueError("--norm batch is synchronized on GPUs only; use group or frozen on several CPUs")
+    lr_multiplier(cfg.schedule, progress=0.0)  # raises for an unknown name
+    if cfg.tensorboard:
+        tensorboard_writer()
+    data = read_data(cfg, env)
+    check_model(cfg, data)
+    weights = dict(zip(("weight_class", "weight_mask", "weight_dice"), cfg.loss_weights))
+    criterion = SetCriterion(
+        data.num_classes, **weights, no_object_weight=cfg.no_object_weight, num_points=cfg.num_points
+    )
+    return env, data, criterion.to(env.device)
+
+
+def read_data(cfg: Config, env: Env) -> Data:
+    """Read the datasets and choose the labeled images. Rank 0 reads first, as it may have to write files."""
+    augmentation = Augmentation(
+        cfg.crop, cfg.lsj_scale, cfg.short_sides, color_jitter=cfg.color_jitter, blur=cfg.blur
+    )
+    with rank0_first():
+        files = dict(train_json=cfg.train_json, val_json=cfg.val_json, image_folder=cfg.image_folder)
+        train, val = load_data(cfg.data, cfg.root or None, **files)
+        if rank() == 0:
+            lock(Path(cfg.out))
+    names = train.class_names
+    if val and val.class_names != names:
+        raise ValueError(f"training has the classes {names}, validation {val.class_names}")
+    if cfg.labeled_list:
+        labeled = split_from_file(cfg.labeled_list, train)
+    else:
+        labeled = labeled_split(train.image_ids, cfg.ratio, cfg.seed)
+    if not any(map(train.labels, labeled)):
+        dropped = train.dropped
+        why = f"; {len(dropped)} annotations are left out, such as: {dropped[0]}" if dropped else ""
+        raise ValueError(f"{train.json_file}: no labeled image has an object{why}")
+    if is_cityscapes(val):
+        official_evaluation()  # raises if cityscapesscripts is not installed
+    unlabeled = UnlabeledImages(train, cfg.unlabeled or (), exclude=[train, val])
+    return Data(cfg, env, train, val, labeled, unlabeled, augmentation)
+
+
+def model_arguments(cfg: Config, data: Data) -> dict:
+    """Return the arguments of Mask2Former, without those that load weights."""
+    names = ("backbone", "norm", "num_queries")
+    return {"num_classes": data.num_classes, **{name: getattr(cfg, name) for name in names}, **cfg.model_args}
+
+
+def describe(cfg: Config, data: Data) -> dict:
+    """Return what every checkpoint says of its model and data."""
+    return {
+        "model_args": model_arguments(cfg, data),
+        "class_names": data.train.class_names,
+        "category_ids": data.train.category_ids,
+        "split": split_hash(data.labeled),
+    }
+
+
+def build_model(cfg: Config, data: Data, name: str) -> Mask2Former:
+    """Build a fresh model: a pretrained backbone (or a random one) and random decoders, drawn from (seed,
+    name); or initialized from --init-from."""
+    torch.manual_seed(stable_seed(cfg.seed, "model", name))
+    args = model_arguments(cfg, data)
+    with expected_errors():
+        if cfg.init_from:
+            model = Mask2Former(**args)
+            load_partial(model, load_any_checkpoint(cfg.init_from)["model"])
+        else:
+            weights = cfg.backbone_weights or None
+            model = Mask2Former(**args, pretrained=cfg.pretrained, backbone_weights=weights)
+    return model.to(data.env.device)
+
+
+def check_model(cfg: Config, data: Data) -> None:
+    """Raises ValueError if the options give no model, or one that does not take images of any size, or if a
+    checkpoint to start from does not fit."""
+    if cfg.backbone_weights and not Path(cfg.backbone_weights).is_file():
+        raise ValueError(f"no file --backbone-weights {cfg.backbone_weights!r}")
+    args = model_arguments(cfg, data)
+    model = _meta_model(args)
+    H, W = (side + 32 for side in cfg.crop)  # another size than the crop, as test images have
+    try:
+        model.backbone(torch.empty(1, 3, H, W, device="meta"))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--backbone {cfg.backbone} takes no images of {H} x {W}: {error}") from None
+    names = data.train.class_names
+    if cfg.teacher_checkpoint:
+        load_teacher_checkpoint(cfg, names)
+    if cfg.student_checkpoint:
+        load_student_checkpoint(cfg, names, args)
+    if cfg.init_from:
+        for note in load_partial(Mask2Former(**args), load_any_checkpoint(cfg.init_from)["model"]):
+            print_rank0(f"--init-from {cfg.init_from}: {note}")
+
+
+def _meta_model(args: dict) -> Mask2Former:
+    """Build the model without memory for its parameters."""
+    try:
+        with torch.device("meta"):
+            return Mask2Former(**args)
+    except (TypeError, RuntimeError, IndexError) as error:
+        raise ValueError(f"--model-args: {error}") from None
+
+
+def print_setup(cfg: Config, data: Data, last_phase: int) -> None:
+    """Print the banner of a run that ends with phase 2 or 3, and warnings."""
+    phases = dict(zip(("teacher burn-in", "guided burn-in", "distillation"), cfg.steps[:last_phase]))
+    if cfg.teacher_checkpoint or cfg.student_checkpoint:
+        del phases["teacher burn-in"]
+    if cfg.student_checkpoint:
+        del phases["guided burn-in"]
+    if cfg.finetune_steps:
+        phases["fine-tuning"] = cfg.finetune_steps
+    if cfg.supervised_only:
+        phases = {"supervised training": sum(cfg.steps)}
+    unlabeled = "" if cfg.supervised_only else f"and {cfg.batch} unlabeled "
+    batch = f"{cfg.batch} labeled {unlabeled}images per step, lr {cfg.lr:.3g}"
+    reference = Config(**PRESETS.get(cfg.preset, {}))
+    if cfg.batch != reference.batch and not cfg.scale_to_batch:
+        scaled = rescale_for_batch_size(reference, cfg.batch)
+        scaled = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in scaled.items()}
+        flags = ", ".join(f"--{name.replace('_', '-')} {format_value(v)}" for name, v in scaled.items())
+        batch += f", the preset is for {reference.batch}, --scale-to-batch would set {flags}"
+    parameters = sum(p.numel() for p in _meta_model(model_arguments(cfg, data)).parameters())
+    print_banner(
+        cfg.out,
+        f"Guided Distillation on {cfg.data} -> {cfg.out}",
+        data.env,
+        data=f"{len(data.train):,} training images, {len(data.labeled):,} of them labeled (split "
+        f"{split_hash(data.labeled)}), {len(data.unlabeled.image_ids):,} in the unlabeled pool, "
+        f"{len(data.val or ()):,} for validation, {data.num_classes} classes",
+        model=f"Mask2Former, {cfg.backbone}, {cfg.num_queries} queries, {parameters / 1e6:.1f} million "
+        "parameters",
+        batch=batch,
+        steps=", ".join(f"{steps:,} {name}" for name, steps in phases.items()),
+    )
+    for warning in data_warnings(cfg, data):
+        print_rank0(f"warning: {warning}")
+
+
+def data_warnings(cfg: Config, data: Data) -> Iterator[str]:
+    """Yield what training can handle, but the owner of the data should know."""
+    train, val = data.train, data.val
+    if not val:
+        yield f"{cfg.data} has no validation set, so no AP will be shown"
+    for dataset in (train, val):
+        if dataset and dataset.dropped:
+            example, number = dataset.dropped[0], len(dataset.dropped)
+            yield f"{dataset.json_file}: {number} annotations are left out, such as: {example}"
+    labels = [train.labels(image_id) for image_id in data.labeled]
+    missing = set(range(data.num_classes)) - {label for image in labels for label in image}
+    if missing:
+        names = ", ".join(train.class_names[label] for label in sorted(missing)[:10])
+        yield f"{len(missing)} classes are in no labeled image: {names}"
+    if len(data.labeled) < cfg.batch:
+        yield f"a batch has {cfg.batch} images, but only {len(data.labeled)} are labeled"
+    empty = sum(not image for image in labels)
+    if empty > len(labels) / 2:
+        yield f"{empty} of {len(labels)} labeled images have no object"
+    if max(map(len, labels)) > cfg.num_queries:
+        yield f"an image has {max(map(len, labels))} objects, the model {cfg.num_queries} queries"
+    unseen = []  # validation images whose scale at test time does not occur in training
+    for H, W in map(val.size, val.image_ids) if val else ():
+        scale = shortest_edge_size(H, W, *cfg.test_size)[0] / H
+        low, high = data.augmentation.scale_range(H, W)
+        unseen += [(H, W, scale, low, high)] if not 0.99 * low <= scale <= 1.01 * high else []
+    if unseen and len(unseen) > len(val) / 2:
+        H, W, scale, low, high = unseen[0]
+        flag = "--short-sides" if cfg.short_sides else "--lsj-scale"
+        yield (
+            f"an image of {H} x {W} is resized by {scale:.3g} at test time, in training by {low:.3g} to "
+            f"{high:.3g}; --test-size changes the former, {flag} the latter"
+        )
