@@ -36,7 +36,7 @@ from common import (
 )
 
 import model
-from burnin import name_losses, pseudo_labels
+from burnin import merge_losses, pseudo_labels
 from distill import ema_update
 from matcher import SetCriterion
 from training.config import Config
@@ -142,7 +142,7 @@ def guided(flags, precision="fp32", grad_accum_steps=1):
     ranked = scores[labels < NUM_CLASSES].sort(descending=True).values
     cfg = Config(score_threshold=float(ranked[: flags.objects * len(unlabeled_images) + 1][-1]))
     optimizer = build_optimizer(student, cfg)
-    optimizer_step = GuardedStep(student, optimizer, cfg.clip_grad_norm)
+    clip_and_step = GuardedStep(student, optimizer, cfg.clip_grad_norm)
     ddp_student = wrap_ddp(student, env, grad_accum_steps)
 
     def step():
@@ -158,7 +158,7 @@ def guided(flags, precision="fp32", grad_accum_steps=1):
         loss = sum(losses_x.values()) + cfg.unsupervised_weight * sum(losses_u.values())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if not optimizer_step("guided step", name_losses(losses_x, losses_u), []):
+        if not clip_and_step("guided step", merge_losses(losses_x, losses_u), []):
             raise FloatingPointError("the gradient is not finite, so the step was skipped")
         ema_update(teacher, student, cfg.ema_decay)
         return {"pseudo-labels": sum(len(target["labels"]) for target in pseudo)}

@@ -1,6 +1,7 @@
 """The layout of the repository: which file may import which, and which files stand alone."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,19 @@ def test_no_import_of_this_repository_hides_in_a_function(path):
     functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.Lambda))]
     hidden = [name for function in functions for node in ast.walk(function) for name in imported(node)]
     assert not hidden, f"{path} imports {hidden} inside a function"
+
+
+@pytest.mark.parametrize("path", [p for p in python_files() if p.parts[0] != "tests"], ids=str)
+def test_every_imported_name_exists(path):
+    """No test runs the benchmarks, so a renamed function would go unnoticed there."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module in MODULES:
+            folder = MODULES[node.module].parts[0]
+            if folder not in SCRIPT_FOLDERS and folder != path.parts[0]:
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    name = f"{node.module}.{alias.name}"
+                    assert hasattr(module, alias.name) or name in MODULES, f"{path}: no {name}"
 
 
 def test_the_training_step_stands_in_the_scripts():
