@@ -88,7 +88,7 @@ def full_res_masks(targets: list[dict]) -> list[dict]:
     return [{**target, "masks": logits > 0} for target, logits in zip(targets, upsampled)]
 
 
-def refine(targets: list[dict], cfg: Config) -> list[dict]:
+def clean_pseudo_labels(targets: list[dict], cfg: Config) -> list[dict]:
     """Apply the options beyond the paper to pseudo-labels. All of them are off by default."""
     if cfg.mask_nms_iou < 1:
         targets = mask_nms(targets, cfg.mask_nms_iou)
@@ -106,11 +106,13 @@ def train_supervised(
     Writes <phase>.pt."""
     model.train()
     optimizer = build_optimizer(model, cfg, lr_factor)
-    checkpoints = Checkpointer(cfg, phase, steps, model, optimizer, describe=describe(cfg, data))
+    checkpoints = Checkpointer(cfg, phase, steps, model, optimizer, description=describe(cfg, data))
     first_step = checkpoints.resume(env)
     ddp_model = wrap_ddp(model, env, cfg.grad_accum_steps)
     clip_and_step = GuardedStep(model, optimizer, cfg.clip_grad_norm)
-    labeled = data.labeled_batches(phase, first_step, uniform=True)  # repeat factors start in phase 2
+    labeled = data.labeled_batches(
+        phase, first_step, uniform=True
+    )  # as in the paper: repeat factors in phases 2 and 3 only
     metrics = Metrics(cfg, phase, steps, first_step, optimizer, env)
 
     for step in range(first_step, steps):
@@ -164,7 +166,7 @@ def guided_burn_in(cfg: Config, env: Env, data: Data, criterion: SetCriterion) -
         with torch.inference_mode(), autocast(env):
             teacher_outputs = teacher(u["image"])
         pseudo = pseudo_labels(teacher_outputs, cfg.score_threshold, cfg.min_area)
-        pseudo = refine(pseudo, cfg)  # not in the paper, off by default
+        pseudo = clean_pseudo_labels(pseudo, cfg)  # not in the paper, off by default
 
         # The student sees the strong view of the same crop. DDP wants one forward pass per backward pass.
         with autocast(env):
@@ -205,7 +207,8 @@ def merge_losses(losses_x: dict, losses_u: dict) -> dict:
 def log_guided_step(
     metrics: Metrics, step: int, losses_x, losses_u, pseudo, teacher_outputs, cfg: Config
 ) -> None:
-    """Log the losses and pseudo-labels of a step of phases 2 and 3. Warn once per phase if the teacher
+    """Log the losses ("loss" on labeled images, "unlabeled_loss" before --unsupervised-weight) and the
+    pseudo-labels of a step of phases 2 and 3. Warn once per phase if the teacher
     finds nothing or marks more than half of the queries as objects."""
     scores = torch.cat([target["scores"] for target in pseudo])
     class_probabilities = teacher_outputs["pred_logits"].float().softmax(-1)[..., :-1]  # (B, Q, K)
@@ -238,7 +241,7 @@ def evaluate_if_due(step: int, metrics: Metrics, cfg: Config, data: Data, model,
 
 def evaluate_phase(step: int, metrics: Metrics, cfg: Config, data: Data, model, teacher) -> dict:
     """Measure and print the AP of the trained model and the quality of the teacher's pseudo-labels. In
-    guided burn-in also measure the student's, which becomes the teacher of phase 3."""
+    guided burn-in measure the student's too, because the student becomes the teacher of phase 3."""
     training = model.training
     model.eval()
     results = {"ap": evaluate_model(model, cfg, data)}
@@ -270,7 +273,7 @@ def predict_pseudo_labels(teacher: nn.Module, images: Tensor, cfg: Config, env: 
     """Predict the pseudo-labels of images (B, 3, H, W) with all options of the run."""
     with torch.inference_mode(), autocast(env):
         outputs = teacher(images)
-    return refine(pseudo_labels(outputs, cfg.score_threshold, cfg.min_area), cfg)
+    return clean_pseudo_labels(pseudo_labels(outputs, cfg.score_threshold, cfg.min_area), cfg)
 
 
 def finish_phase(

@@ -10,10 +10,10 @@
     output = ms_deform_attn(value, shapes, locations, weights)
     assert output.shape == (2, 100, 256)               # (B, N, M * D)
 
-The operator is equation 3 of Deformable DETR (Zhu et al., ICLR 2021, arXiv 2010.04159). Here it is the
-product of a sparse matrix and the value. A row of the matrix is a query and a head, a column is a position
-and a head, and each sample adds four bilinear weights to its row. The backward pass builds the matrix again,
-so only the arguments are saved.
+The operator is equation 3 of Deformable DETR (Zhu et al., ICLR 2021, arXiv 2010.04159). Here each
+level gets a border of zeros and becomes a list of rows, one per position and head. The output of a query and
+head is then a weighted sum of rows: four embedding_bag calls, one for each corner of the samples. The
+backward pass computes indices and corner weights again, so only the arguments are saved.
 
 model.py uses this file for tensors on the CPU and runs without it. The file needs only torch and can be
 copied out alone.
@@ -66,7 +66,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
         for v, loc, w in zip(value, locations, weights):  # The rows of one image fit into the CPU's cache.
             rows = levels.pad(v)
             index, x, y, _ = levels.corners(loc)
-            corner_weights = bilinear_corners(w.reshape(index.shape), x, y)
+            corner_weights = split_to_corners(w.reshape(index.shape), x, y)
             parts = (
                 F.embedding_bag(index, rows[shift:], per_sample_weights=corner_weight, mode="sum")
                 for shift, corner_weight in zip(levels.shifts, corner_weights)
@@ -98,7 +98,7 @@ class MSDeformAttnFunction(torch.autograd.Function):
             bags, first = (order // index.shape[1]).int(), torch.arange(len(rows), device=rows.device).int()
             first = torch.searchsorted(positions, first, out_int32=True)
             grad_rows = torch.zeros_like(rows)
-            for shift, corner_weight in zip(levels.shifts, bilinear_corners(a, x, y)):
+            for shift, corner_weight in zip(levels.shifts, split_to_corners(a, x, y)):
                 corner_weight = corner_weight.flatten().index_select(0, order)
                 part = F.embedding_bag(bags, grad, first, per_sample_weights=corner_weight, mode="sum")
                 grad_rows[shift:] += part[: len(rows) - shift]
@@ -160,7 +160,7 @@ class PaddedLevels:
         return index.view(-1, L * P), x.contiguous(), y.contiguous(), pixels_per_location
 
 
-def bilinear_corners(weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def split_to_corners(weights: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Distribute each weight over the four corners around a sample at (x, y) in [0, 1].
 
     Returns the weights of the corners at (x, y) = (0, 0), (1, 0), (0, 1), (1, 1), each of the input's

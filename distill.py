@@ -6,7 +6,7 @@ average (EMA), while the student keeps learning from the labels and from the tea
 
     python distill.py --data shapes --ratio 0.1                        # a laptop CPU, some minutes
     torchrun --nproc_per_node=8 distill.py --data coco --ratio 0.01    # 8 GPUs
-    python distill.py --data my_dataset --ratio 1 --unlabeled my_images/ --crop 512,512 --batch 4 --steps 2000
+    python distill.py --data my_dataset --ratio 1 --crop 512,512 --batch 4 --steps 2000,2000,6000
 
 It writes teacher.pt, burnin.pt, distill.pt, a picture and report.html to runs/<data>-<ratio>/. An
 interrupted run is resumed by the same command. --finetune-steps adds a last phase on labels alone, which
@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from burnin import (
+    clean_pseudo_labels,
     evaluate_if_due,
     finish_phase,
     log_guided_step,
     merge_losses,
     pseudo_labels,
-    refine,
     run_burn_in,
     run_supervised,
     train_supervised,
@@ -86,9 +86,9 @@ def distill(cfg: Config, env: Env, data: Data, criterion: SetCriterion) -> None:
         with torch.inference_mode(), autocast(env):
             teacher_outputs = teacher(u["image"])
         pseudo = pseudo_labels(teacher_outputs, cfg.score_threshold, cfg.min_area)
-        pseudo = refine(pseudo, cfg)  # not in the paper, off by default
+        pseudo = clean_pseudo_labels(pseudo, cfg)  # not in the paper, off by default
 
-        # The student sees the strong view of the same crop.
+        # The student sees the strong view of the same crop. DDP wants one forward pass per backward pass.
         with autocast(env):
             outputs = ddp_student(torch.cat([x["image"], u["strong"]]))
         outputs_x, outputs_u = split_outputs(outputs, len(x["image"]))

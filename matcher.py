@@ -1,8 +1,16 @@
 """Hungarian matching and the set loss of Mask2Former (Cheng et al., CVPR 2022, arXiv 2112.01527, sections
 3.1, 3.3 and 4.1).
 
-    criterion = SetCriterion(num_classes=80)
-    losses = criterion(outputs, targets)  # {"loss_ce": ..., "loss_mask": ..., "loss_dice": ..., ...}
+    import torch
+    from matcher import SetCriterion
+
+    outputs = {
+        "pred_logits": torch.randn(1, 100, 81, requires_grad=True),         # (B, Q, K+1) class logits
+        "pred_masks": torch.randn(1, 100, 56, 80, requires_grad=True),      # (B, Q, h, w) mask logits
+    }
+    targets = [{"labels": torch.tensor([17]), "masks": torch.rand(1, 224, 320) > 0.5}]
+    losses = SetCriterion(num_classes=80)(outputs, targets)
+    assert set(losses) == {"loss_ce", "loss_mask", "loss_dice"}             # and those of "aux_outputs"
     sum(losses.values()).backward()
 
 As in DETR (Carion et al., ECCV 2020, arXiv 2005.12872), every query predicts a class and a mask and is

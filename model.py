@@ -556,7 +556,7 @@ class TransformerDecoder(nn.Module):
     def forward(self, levels: list[Tensor], mask_features: Tensor) -> Outputs:
         """Decode levels [stride 32, 16, 8], each (B, C, H_l, W_l), and mask_features (B, C, h, w).
 
-        Returns `Outputs` with "aux_outputs", one for each layer."""
+        Returns `Outputs` with "aux_outputs", the predictions before each layer."""
         B = mask_features.shape[0]
         values = [
             level.flatten(2).transpose(1, 2) + embed for level, embed in zip(levels, self.level_embed.weight)

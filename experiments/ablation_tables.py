@@ -226,7 +226,9 @@ commands and the evaluations of every run.
 The row "Guided Distillation" is the method with the options under "Commands". All other options are those of
 the preset `shapes` (`PRESETS` in `training/config.py`). The preset has a score threshold of 0.9 and an EMA
 decay of 0.998. The paper has 0.7 and 0.9996, in much longer runs. Every other row changes only what its
-description says.
+description says. The supervised rows also sample labeled images uniformly, where Guided Distillation
+uses repeat factors in phases 2 and 3 (`--repeat-threshold`). The recipe `uniform`, which separates the
+two, was not run.
 
 AP is the mask AP of the final student (no checkpoint selection). Teachers and burnt-in students are measured
 at the end of their phase. For burnt-in students that is in the middle of the learning-rate schedule.

@@ -306,7 +306,7 @@ def save(out, steps, final=False):
     """Save a small model at some of the three steps of phase 1, and then, if `final`, end the phase."""
     cfg, model = Config(out=str(out)), torch.nn.Linear(2, 2)
     optimizer = build_optimizer(model, cfg)
-    checkpoints = Checkpointer(cfg, "teacher", 3, model, optimizer, describe={"model_args": {}})
+    checkpoints = Checkpointer(cfg, "teacher", 3, model, optimizer, description={"model_args": {}})
     for step in steps:
         checkpoints.save_step(step)
     if final:

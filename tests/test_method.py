@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import burnin
 import distill
-from burnin import full_res_masks, mask_nms, pseudo_labels, refine
+from burnin import clean_pseudo_labels, full_res_masks, mask_nms, pseudo_labels
 from distill import ema_update
 from matcher import SetCriterion
 from training.config import Config
@@ -147,8 +147,8 @@ def test_options_beyond_the_paper_are_off_by_default(make_model):
         outputs = make_model().eval()(255 * torch.rand(2, 3, 64, 96))
     targets = pseudo_labels(outputs, 0.3, 0)
     assert sum(len(target["labels"]) for target in targets) > 0
-    assert refine(targets, Config()) is targets
-    refined = refine(targets, Config(mask_nms_iou=0.2, full_res_masks=True))
+    assert clean_pseudo_labels(targets, Config()) is targets
+    refined = clean_pseudo_labels(targets, Config(mask_nms_iou=0.2, full_res_masks=True))
     assert same(refined, full_res_masks(mask_nms(targets, 0.2)))
 
 

@@ -16,6 +16,7 @@ from conftest import TINY
 from torch import nn
 
 import deform_attn_cpu
+import matcher
 import model
 from model import (
     Attention,
@@ -553,7 +554,7 @@ def run_alone(folder, files, code):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("module", [model, deform_attn_cpu])
+@pytest.mark.parametrize("module", [model, matcher, deform_attn_cpu])
 def test_the_example_in_a_docstring_runs_alone(tmp_path, module):
     lines = inspect.getdoc(module).splitlines()
     code = "\n".join(line.removeprefix("    ") for line in lines if line.startswith("    "))

@@ -638,17 +638,26 @@ def test_the_learning_rate_is_a_function_of_the_progress():
     assert 0 < lr_multiplier("cosine", 0.0) < 0.05, "the first step counts"
 
 
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.0}, {"backbone_lr_factor": 1.0, "lr": 0.0}])
+def test_parameter_groups_do_not_depend_on_the_values_of_options(make_model, options):
+    """Or phase 3 could not take over the moments of a run with other values."""
+    model = make_model()
+    expected = build_optimizer(model, Config()).state_dict()["param_groups"]
+    groups = build_optimizer(model, Config(**options)).state_dict()["param_groups"]
+    assert [group["params"] for group in groups] == [group["params"] for group in expected]
+
+
 def test_a_skipped_step_leaves_weights_and_statistics_of_batch_norms_unchanged():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     optimizer = build_optimizer(model, Config())
-    optimizer_step = GuardedStep(model, optimizer, max_norm=1.0)
+    clip_and_step = GuardedStep(model, optimizer, max_norm=1.0)
 
     def step(images):
         loss = model(images).square().sum() + model[0].weight.sum()
         optimizer.zero_grad()
         loss.backward()
-        done = optimizer_step("teacher step 1", {"loss": loss}, ["a.png"])
+        done = clip_and_step("teacher step 1", {"loss": loss}, ["a.png"])
         return done, model[0].weight.detach().clone(), model[1].running_mean.clone()
 
     start = model[0].weight.detach().clone()

@@ -1,8 +1,14 @@
 """Checkpoints that are written completely or not at all, and resuming from them.
 
 While a phase runs, out/<phase>.step-<step>.pt hold everything needed to resume it. When it is done,
-out/<phase>.pt holds its result, and the others are removed. What the phase trains is stored under
-"model", the frozen or EMA teacher under "teacher"."""
+out/<phase>.pt holds its result, and the others are removed. Their entries:
+
+    file            "model"             "teacher"
+    teacher.pt      the teacher         None
+    burnin.pt       the student         the frozen teacher
+    distill.pt      the student         the EMA teacher
+    finetune.pt     the student         None
+    supervised.pt   the baseline        None"""
 
 import contextlib
 import dataclasses
@@ -132,15 +138,14 @@ def with_defaults(model_args: dict) -> dict:
 
 def load_student_checkpoint(cfg: Config, class_names: list[str], model_args: dict) -> dict:
     """Load the burnt-in student of phase 3. Raises ValueError if it differs from the configured model."""
-    checkpoint = load_checkpoint(cfg.student_checkpoint or Path(cfg.out) / "burnin.pt")
+    path = cfg.student_checkpoint or Path(cfg.out) / "burnin.pt"
+    checkpoint = load_checkpoint(path)
     check_classes(checkpoint, class_names)
     stored_args, model_args = with_defaults(checkpoint["model_args"]), with_defaults(model_args)
     for name in sorted(stored_args.keys() | model_args.keys()):
         value, stored = model_args.get(name), stored_args.get(name)
         if value != stored:
-            raise ValueError(
-                f"--student-checkpoint {cfg.student_checkpoint} has {name} {stored!r}, this run has {value!r}"
-            )
+            raise ValueError(f"{path} has {name} {stored!r}, this run has {value!r}")
     return checkpoint
 
 
@@ -152,11 +157,16 @@ class Checkpointer:
     Args:
         phase: its name, one of PHASES. steps: its length.
         model, teacher: raw modules; teacher may be None.
-        describe: plain values that are written into every checkpoint, "model_args" at least."""
+        description: plain values that are written into every checkpoint, "model_args" at least."""
 
-    def __init__(self, cfg: Config, phase: str, steps: int, model, optimizer, teacher=None, describe=None):
+    def __init__(self, cfg: Config, phase: str, steps: int, model, optimizer, teacher=None, description=None):
         self.cfg, self.phase, self.steps, self.out = cfg, phase, steps, Path(cfg.out)
-        self.model, self.optimizer, self.teacher, self.describe = model, optimizer, teacher, describe or {}
+        self.model, self.optimizer, self.teacher, self.description = (
+            model,
+            optimizer,
+            teacher,
+            description or {},
+        )
         self.last_saved = None
 
     def resume(self, env: Env) -> int:
@@ -208,7 +218,7 @@ class Checkpointer:
                 "model": self.model.state_dict(),
                 "teacher": self.teacher.state_dict() if self.teacher is not None else None,
                 "optimizer": self.optimizer.state_dict(),
-                **self.describe,
+                **self.description,
                 **results,
             }
             with expected_errors(OSError):
@@ -258,6 +268,8 @@ def completed_phases(cfg: Config, env: Env, split: str) -> set[str]:
 
 
 def is_completed(cfg: Config, phase: str, split: str) -> bool:
+    """Return whether the final checkpoint of a phase exists. Raises ValueError if it, or one to resume from,
+    was made with other options."""
     final = Path(cfg.out) / f"{phase}.pt"
     may_change = MAY_CHANGE_ON_RESUME | ({"finetune_steps"} if phase != "finetune" else set())
     try:

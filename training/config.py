@@ -17,13 +17,13 @@ def option(default, help: str, min: float = 0, max: float = math.inf, group: str
 @dataclass
 class Config:
     """Training configuration. Defaults follow the paper's COCO ResNet-50 recipe, except the two burn-in
-    lengths. Presets override defaults, flags override both. The strengths of the strong view are in
+    lengths. Presets override defaults, flags override both. The strong view's strengths, except blur, are in
     data.strong_view."""
 
     ratio: float = option(0.1, "labeled fraction of the training images, in (0, 1]", group="method")
     labeled_list: str = option("", "file with one labeled image per line; replaces --ratio")
     steps: tuple = option((25_000, 25_000, 343_750), "steps of teacher burn-in, guided burn-in, distillation")
-    score_threshold: float = option(0.7, "minimum class probability of a pseudo-label", max=1)
+    score_threshold: float = option(0.7, "keep predictions with more than this class probability", max=1)
     min_area: int = option(5, "keep masks with more than this many pixels at stride 4")
     unsupervised_weight: float = option(2.0, "weight of the loss on unlabeled images")
     ema_decay: float = option(0.9996, "decay of the EMA teacher per step, phase 3", max=1)

@@ -25,11 +25,11 @@ from training.distributed import Env, all_reduce_mean, print_rank0, rank, world_
 class Metrics:
     """Average what is logged between two log lines, over steps and ranks, and write it.
 
+    Each log line (phase, step, values) is one line of out/metrics.jsonl and points in TensorBoard.
+
     Args:
         phase, steps: its name and length. first_step: where this process starts.
-        optimizer: for the learning rate.
-        name, step and values of each log line become a line of out/metrics.jsonl, and points in
-        TensorBoard."""
+        optimizer: for the learning rate."""
 
     def __init__(self, cfg: Config, phase: str, steps: int, first_step: int, optimizer, env: Env):
         self.out, self.log_every, self.phase, self.steps = Path(cfg.out), cfg.log_every, phase, steps

@@ -26,14 +26,14 @@ def build_optimizer(model: nn.Module, cfg: Config, lr_factor: float = 1.0) -> to
                 continue
             in_backbone = name.startswith("backbone.")
             position_table = "relative_position_bias_table" in name or "pos_embed" in name
-            lr = lr_factor * cfg.lr * (cfg.backbone_lr_factor if in_backbone else 1.0)
-            weight_decay = 0.0 if isinstance(module, no_decay) or position_table else cfg.weight_decay
-            groups.setdefault((in_backbone, lr, weight_decay), []).append(parameter)
-    groups = [
-        {"params": parameters, "lr": lr, "initial_lr": lr, "weight_decay": weight_decay}
-        for (_, lr, weight_decay), parameters in groups.items()
-    ]
-    return torch.optim.AdamW(groups, fused=next(model.parameters()).device.type in ("cuda", "cpu"))
+            decays = not (isinstance(module, no_decay) or position_table)
+            groups.setdefault((in_backbone, decays), []).append(parameter)
+    options = []
+    for (in_backbone, decays), parameters in groups.items():
+        lr = lr_factor * cfg.lr * (cfg.backbone_lr_factor if in_backbone else 1.0)
+        weight_decay = cfg.weight_decay if decays else 0.0
+        options.append({"params": parameters, "lr": lr, "initial_lr": lr, "weight_decay": weight_decay})
+    return torch.optim.AdamW(options, fused=next(model.parameters()).device.type in ("cuda", "cpu"))
 
 
 def load_moments(optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -90,6 +90,7 @@ class GuardedStep:
     def __call__(self, where: str, losses: dict[str, Tensor], files: list[str]) -> bool:
         """Return whether the step was made. `where`, the losses and the batch's files are for the warning."""
         grad_norm = nn.utils.get_total_norm(p.grad for p in self.model.parameters() if p.grad is not None)
+        # DDP averages gradients, so ranks should agree; one that skipped alone would make the others wait.
         skip = any_rank(not grad_norm.isfinite())
         if self.statistics:  # the forward pass has updated them
             source, target = self.statistics, self.finite_statistics

@@ -1,5 +1,5 @@
-"""From a Config to data, fresh models and loss; every mistake of a user is found here, before anything is
-trained."""
+"""From a Config to data, fresh models and loss; wrong options and annotations are reported here, before
+training."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
