@@ -55,7 +55,7 @@ def pair(request, tmp_path_factory):
     return theirs, ours, state_dict
 
 
-def normalised(ours, images):
+def normalized(ours, images):
     """What our model does inside: (image - mean) / std, then zeros to multiples of 32."""
     H, W = images.shape[-2:]
     images = (images - ours.pixel_mean) / ours.pixel_std
@@ -89,7 +89,7 @@ def close(found, expected, tolerance=1e-5):
 def test_features_and_the_predictions_of_every_layer(pair, H, W):
     theirs, ours, _ = pair
     images = torch.randint(0, 256, (2, 3, H, W)).float()
-    pixels = normalised(ours, images)
+    pixels = normalized(ours, images)
     with torch.no_grad():
         features = ours.backbone(pixels)
         for found, expected in zip(features, theirs.model.pixel_level_module.encoder(pixels).feature_maps):
@@ -117,7 +117,7 @@ def test_gradients_of_all_parameters(pair):
         sum((value * torch.randn(value.shape, generator=generator)).mean() for value in values).backward()
 
     backward(layers(ours(images)))
-    backward(predictions(theirs, normalised(ours, images)))
+    backward(predictions(theirs, normalized(ours, images)))
     found = translate_state_dict({n: p.grad for n, p in ours.named_parameters()}, OURS, HUGGING_FACE)
     expected = {n.replace("encoder.swin.", "encoder."): p.grad for n, p in theirs.named_parameters()}
     compared = found.keys() & expected.keys()  # Swin's attention has other names in memory than in a file
