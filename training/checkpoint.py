@@ -161,12 +161,8 @@ class Checkpointer:
 
     def __init__(self, cfg: Config, phase: str, steps: int, model, optimizer, teacher=None, description=None):
         self.cfg, self.phase, self.steps, self.out = cfg, phase, steps, Path(cfg.out)
-        self.model, self.optimizer, self.teacher, self.description = (
-            model,
-            optimizer,
-            teacher,
-            description or {},
-        )
+        self.model, self.optimizer, self.teacher = model, optimizer, teacher
+        self.description = description or {}
         self.last_saved = None
 
     def resume(self, env: Env) -> int:
@@ -180,6 +176,7 @@ class Checkpointer:
             if self.teacher is not None:
                 self.teacher.load_state_dict(checkpoint["teacher"])
             self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.last_saved = step
             print_rank0(f"{self.phase}: resumed at step {step} of {self.steps} from {path}")
             if checkpoint["world_size"] != world_size():
                 change = f"{checkpoint['world_size']} processes before, {world_size()} now"

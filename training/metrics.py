@@ -119,7 +119,7 @@ def format_values(values: dict) -> str:
     text, previous = "", ""
     for name, value in values.items():
         group, part = name.rsplit("_", 1)
-        # Drop "loss" there, because a line with everything has to fit into 140 columns.
+        # The losses on unlabeled images go without the word "loss", so that a line has at most 140 columns.
         name = name.replace("unlabeled_loss", "unlabeled").replace("_", " ")
         text += f" {part} " if group == previous else f"  {name} "
         text += "-" if value is None else format_number(value)
