@@ -27,12 +27,11 @@ from tqdm import tqdm
 
 from data import CocoDataset, DataError, encode_rle, shortest_edge_size, to_tensor
 from interop.load import load_any_checkpoint
-from layouts import find_data
+from layouts import load_data
 from layouts.cityscapes import cityscapes_ap, is_cityscapes, label_file, official_evaluation
-from layouts.validate import load_coco
 from model import resize
 from training.checkpoint import check_classes, load_model
-from training.cli import Parser, expected_errors, parse_numbers
+from training.cli import Parser, add_data_flags, data_args, expected_errors, parse_numbers
 from training.distributed import (
     Env,
     all_gather_list,
@@ -260,9 +259,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("checkpoint", help="ours, the official Mask2Former's, or Hugging Face's")
     add("--data", help="shapes, coco, cityscapes or a folder; default: that of the training run")
-    add("--root", help="where COCO or Cityscapes lies, or where shapes is written")
-    add("--val-json", default="", help="validation annotations, instead of the folder's instances_val.json")
-    add("--image-folder", default="", help="images, instead of the folder's images/")
+    add_data_flags(parser)
     add_model_arguments(parser)
     add("--batch", type=int, default=4, help="images per forward pass [4]")
     add("--json", help="write the APs to this file")
@@ -342,14 +339,12 @@ def validation_set(flags, config: dict) -> CocoDataset:
     data = flags.data or config.get("data")
     if not data:
         raise ValueError(f"cannot infer the dataset from {flags.checkpoint}; pass --data")
-    run = config if data == config.get("data") else {}  # where the run had its files
-    files = {name: getattr(flags, name, "") or run.get(name, "") for name in ("train_json", "val_json")}
-    images = flags.image_folder or run.get("image_folder", "")
+    run = config.get("data_args", {}) if data == config.get("data") else {}  # where the run had its files
     with rank0_first():
-        _, found = find_data(data, flags.root or run.get("root") or None, image_folder=images, **files)
-        if not found:
-            raise ValueError(f"{data} has no instances_val.json")
-        return load_coco(*found)
+        _, val = load_data(data, **{**run, **data_args(vars(flags))})
+    if not val:
+        raise ValueError(f"{data} has no validation set; pass --val-json, or --val-ratio above 0")
+    return val
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ CONFIG_RENAMES = {
 MODEL_ARGS = ("hidden_dim", "encoder_layers", "encoder_ffn", "decoder_layers", "decoder_ffn")
 OPTIONAL_MODEL_ARGS = ("pixel_mean", "pixel_std", "backbone_args")  # moved along only if they are not empty
 DROPPED = ("mask_threshold", "pixel_weights", "score_power", "keep", "loader_timeout", "warmup")
+DATA_ARGS = ("root", "train_json", "val_json", "image_folder")
 PHASE_RENAMES = {"labels_only": "supervised", "refine": "finetune"}
 
 
@@ -49,4 +50,11 @@ def upgrade_config(config: dict) -> dict:
         short_side, long_side = config.pop("test_short_side"), config.pop("test_long_side")
         config["test_size"] = (short_side, long_side) if short_side else (0, 0)
     config = {CONFIG_RENAMES.get(key, key): value for key, value in config.items()}
-    return {**config, "model_args": model_args}
+    return move_data_args({**config, "model_args": model_args})
+
+
+def move_data_args(config: dict) -> dict:
+    """Move the options that say how the data are read into config["data_args"], where they are today."""
+    given = {key: config[key] for key in DATA_ARGS if config.get(key)}
+    config = {key: value for key, value in config.items() if key not in DATA_ARGS}
+    return {**config, "data_args": {**given, **(config.get("data_args") or {})}}

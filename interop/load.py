@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from interop.legacy import upgrade_checkpoint
+from interop.legacy import move_data_args, upgrade_checkpoint
 from interop.names import convert_state_dict
 from model import Mask2Former
 
@@ -34,7 +34,7 @@ def load_any_checkpoint(path) -> dict:
     if content.get("format") == 1:
         content = upgrade_checkpoint(content)
     if content.get("format") == 2 and "model" in content and "model_args" in content:
-        return content
+        return {**content, "config": move_data_args(content.get("config") or {})}
     state_dict = content.get("model", content)
     if not isinstance(state_dict, dict) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
         raise ValueError(f"{path} holds no state dict")

@@ -47,8 +47,20 @@ def find_data(
 
 
 def load_data(
-    data: str, root=None, *, train_json="", val_json="", image_folder=""
+    data: str,
+    root="",
+    *,
+    train_json="",
+    val_json="",
+    image_folder="",
+    val_image_folder="",
+    val_ratio: float = 0.2,
+    allow_missing: bool = False,
+    crowd_is_object: bool = False,
+    follow_links: bool = True,
+    strict: bool = True,
 ) -> tuple[CocoDataset, CocoDataset | None]:
     """Read and validate the training and the validation set that `find_data` finds. Raises DataError."""
-    train, val = find_data(data, root, train_json=train_json, val_json=val_json, image_folder=image_folder)
-    return load_coco(*train), load_coco(*val) if val else None
+    files = dict(train_json=train_json, val_json=val_json, image_folder=image_folder)
+    train, val = find_data(data, root, **files)
+    return load_coco(*train, strict), load_coco(*val, strict) if val else None

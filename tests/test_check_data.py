@@ -81,7 +81,7 @@ def test_training_takes_images_of_all_modes_and_needs_no_validation_set(user_fol
     again = run("distill.py", *flags)
     assert "all phases are done" in again.stdout
     error = run("evaluate.py", tmp_path / "run/distill.pt", code=2).stderr
-    assert error == f"error: {folder} has no instances_val.json\n"
+    assert error == f"error: {folder} has no validation set; pass --val-json, or --val-ratio above 0\n"
 
 
 def test_too_many_damaged_images_end_training_with_one_line(user_folder, tmp_path):

@@ -15,6 +15,7 @@ from commands import ROOT, run
 
 import evaluate
 from training.cli import parse_config
+from training.cli import DATA_ARGS
 from training.config import Config
 
 PAGES = {"README.md": ROOT / "README.md"} | {f"docs/{p.name}": p for p in sorted(ROOT.glob("docs/*.md"))}
@@ -188,7 +189,8 @@ def test_files_that_are_named_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_flags_that_are_named_exist(page):
-    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Config)}
+    names = [field.name for field in dataclasses.fields(Config)] + [*DATA_ARGS, "no_follow_links"]
+    flags = {"--" + name.replace("_", "-") for name in names}
     everything = "\n".join(SOURCES.values())
     flags |= set(re.findall(r'(?:add|add_argument)\(\s*"(--[\w-]+)"', everything))
     named = {flag for text in inline_code(TEXTS[page]) for flag in re.findall(r"(?<!\S)--[a-z][\w-]+", text)}

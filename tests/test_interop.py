@@ -304,7 +304,7 @@ def test_a_missing_file_is_named(tmp_path):
 def format_1(make_model, phase="distill", **config):
     """A checkpoint as the former training code wrote it, with every key of its configuration."""
     tiny = make_model()
-    paths = dict(root="", train_json="", val_json="", image_folder="", out="runs/shapes-0.02")
+    paths = dict(root="d", train_json="t.json", val_json="", image_folder="", out="runs/shapes-0.02")
     model = dict(
         hidden_dim=32, encoder_layers=1, encoder_ffn=48, decoder_layers=2, decoder_ffn=64,
         backbone_args=None, pixel_mean=(), pixel_std=(),

@@ -18,9 +18,8 @@ from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
 from data import CocoDataset, DataError, UnlabeledImages, encode_rle, labeled_split, split_from_file
-from layouts import find_data
-from layouts.validate import load_coco
-from training.cli import Parser, expected_errors
+from layouts import load_data
+from training.cli import Parser, add_data_flags, data_args, expected_errors
 from training.visualize import draw_instances
 
 MAX_LISTED = 100  # messages of one kind that are printed
@@ -31,10 +30,7 @@ def parse_arguments(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("data", help="a folder with instances_train.json and images/, or shapes, coco, cityscapes")
-    add("--root", help="folder of COCO or Cityscapes")
-    add("--train-json", default="", help="use this file instead of the folder's instances_train.json")
-    add("--val-json", default="", help="use this file instead of the folder's instances_val.json")
-    add("--image-folder", default="", help="use this folder instead of the folder's images/")
+    add_data_flags(parser)
     add("--unlabeled", nargs="+", default=[], help="folders of unlabeled images")
     add("--labeled-list", default="", help="file with the labeled images, one per line")
     add("--ratio", type=float, default=0.1, help="labeled fraction of the training images [0.1]")
@@ -50,10 +46,7 @@ def parse_arguments(argv=None):
 def main(argv=None) -> None:
     args = parse_arguments(argv)
     with expected_errors():
-        files = dict(train_json=args.train_json, val_json=args.val_json, image_folder=args.image_folder)
-        train_files, val_files = find_data(args.data, args.root, **files)
-        train = load_coco(*train_files, strict=False)
-        val = load_coco(*val_files, strict=False) if val_files else None
+        train, val = load_data(args.data, **data_args(vars(args)), strict=False)
     errors, warnings = check_all(train, val, args)
     print()
     for kind, messages in (("warning", warnings), ("error", errors)):

@@ -36,14 +36,14 @@ from evaluate import (
 from interop.load import load_any_checkpoint
 from model import resize
 from training.checkpoint import check_classes, load_model
-from training.cli import Parser, expected_errors, format_value
+from training.cli import Parser, add_data_flags, data_args, expected_errors, format_value
 from training.config import PRESETS, Config
 from training.distributed import Env, autocast, warn_once, world_size
 from training.visualize import draw_predictions
 
 # Options that describe a run's data and start, which training on other data does not share. The values that
 # --scale-to-batch sets are in the other options.
-NOT_SHARED = "data root train_json val_json image_folder unlabeled labeled_list ratio preset out init_from"
+NOT_SHARED = "data data_args unlabeled labeled_list ratio preset out init_from"
 NOT_SHARED += " teacher_checkpoint student_checkpoint supervised_only device scale_to_batch"
 NOT_SHARED = set(NOT_SHARED.split())
 
@@ -58,9 +58,7 @@ def parse_arguments(argv=None):
     add("--pseudo-labels", metavar="DIR", help="write the teacher's pseudo-labels there, to correct them")
     add("--which", choices=("student", "teacher"), help="model to use [student; teacher for --pseudo-labels]")
     add("--data", help="take names and ids of the classes from this dataset [from the checkpoint]")
-    add("--root", help="folder of COCO or Cityscapes, for --data")
-    add("--val-json", default="", help="use this file instead of the instances_val.json of --data")
-    add("--image-folder", default="", help="use this folder instead of the images/ of --data")
+    add_data_flags(parser)
     add_model_arguments(parser)
     return parser.parse_args(argv)
 
@@ -95,7 +93,7 @@ def find_categories(checkpoint: dict, flags) -> list[dict]:
     K = checkpoint["model_args"]["num_classes"]
     names = checkpoint.get("class_names") or [f"class {k}" for k in range(K)]
     ids = checkpoint.get("category_ids") or list(range(1, K + 1))
-    if flags.data or flags.val_json or flags.image_folder:
+    if flags.data or data_args(vars(flags)):
         dataset = validation_set(flags, {})
         check_classes(checkpoint, dataset.class_names)
         names, ids = dataset.class_names, dataset.category_ids

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from interop.legacy import upgrade_checkpoint
+from interop.legacy import move_data_args, upgrade_checkpoint
 from interop.load import check_archive, load_any_checkpoint
 from model import Mask2Former
 from training import signals
@@ -55,7 +55,7 @@ PHASES = ("teacher", "burnin", "distill", "finetune", "supervised")
 KEEP = 2  # checkpoints of a running phase: the newest may be damaged
 # Options that may change when a run is resumed. The supervised baseline shares the folder of a run, and
 # --scale-to-batch shows in lr, steps and ema_decay.
-MAY_CHANGE_ON_RESUME = {"root", "out", "preset", "workers", "device", "supervised_only", "scale_to_batch"}
+MAY_CHANGE_ON_RESUME = {"out", "preset", "workers", "device", "supervised_only", "scale_to_batch"}
 MAY_CHANGE_ON_RESUME |= {"grad_accum_steps", "log_every", "save_every", "eval_every", "tensorboard"}
 
 
@@ -100,7 +100,7 @@ def load_checkpoint(path) -> dict:
     missing = [name for name in REQUIRED_KEYS if name not in checkpoint]
     if missing:
         raise ValueError(f"{path} is incomplete: it has no {missing[0]!r}")
-    return checkpoint
+    return {**checkpoint, "config": move_data_args(checkpoint["config"])}
 
 
 def load_model(checkpoint: dict, device, which: str = "model") -> Mask2Former:
@@ -277,6 +277,8 @@ def is_completed(cfg: Config, phase: str, split: str) -> bool:
         if checkpoint:
             before = checkpoint["config"] | {"split": checkpoint.get("split")}
             now = dataclasses.asdict(cfg)
+            for config in (before, now):  # a dataset may have moved
+                config["data_args"] = {k: v for k, v in config["data_args"].items() if k != "root"}
             del now["labeled_list"]  # its images count, not the name of the file
             now["split"] = split  # last, because the other options explain more
             same_model = with_defaults(before["model_args"]) == with_defaults(now["model_args"])

@@ -15,6 +15,17 @@ from training.config import PRESETS, Config, rescale_for_batch_size
 
 ALIASES = CONFIG_RENAMES  # former spellings of flags stay valid, but --help does not show them
 TEST_SIZE = ("test_short_side", "test_long_side")  # former spellings of the two numbers of --test-size
+DATA_ARGS = {  # the arguments of layouts.load_data, which are flags of every program that reads a dataset
+    "root": (str, "folder of COCO or Cityscapes, or the parent of shapes [datasets/]"),
+    "train_json": (str, "training annotations, instead of those that are found"),
+    "val_json": (str, "validation annotations, instead of those that are found"),
+    "image_folder": (str, "folder of the images, instead of the one that is found"),
+    "val_image_folder": (str, "folder of the validation images, if it is another one"),
+    "val_ratio": (float, "share of the annotated images to hold out without a validation set; 0: none [0.2]"),
+    "allow_missing": (bool, "go on although more than 10 % of the images are missing"),
+    "crowd_is_object": (bool, "take each annotation with iscrowd 1 as one object (CVAT's brush masks)"),
+    "follow_links": (bool, "follow links that leave the image folder [true]"),
+}
 METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT", tuple: "X,X", dict: "JSON", list: "DIR"}
 
 
@@ -62,6 +73,8 @@ def parse_config(argv=None, description=None) -> Config:
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
         group.add_argument(_flag(name), metavar=METAVARS[field.type], help=text, **_argument_type(field))
+        if name == "data":
+            add_data_flags(group)
     for old, new in ALIASES.items():
         parser.add_argument(_flag(old), dest=new, help=argparse.SUPPRESS, **_argument_type(fields[new]))
     for name in (*MODEL_ARGS, *TEST_SIZE):  # --hidden-dim 64 is --model-args '{"hidden_dim": 64}'
@@ -79,11 +92,29 @@ def parse_config(argv=None, description=None) -> Config:
     for name in (*MODEL_ARGS, "backbone_args"):
         if name in flags:
             model_args[name] = flags.pop(name)
+    reading = flags.pop("data_args", {}) | data_args(flags)
+    flags = {name: value for name, value in flags.items() if name not in DATA_ARGS}
     given = [flags.pop(name, None) for name in TEST_SIZE]
     if given != [None, None]:
         before = flags.get("test_size") or preset.get("test_size") or (None, None)
         flags["test_size"] = tuple(b if side is None else side for b, side in zip(before, given))
-    return Config(**{**values, **flags, "preset": preset_name, "model_args": model_args})
+    return Config(
+        **{**values, **flags, "preset": preset_name, "model_args": model_args, "data_args": reading}
+    )
+
+
+def add_data_flags(parser) -> None:
+    """Add the flags of DATA_ARGS."""
+    for name, (kind, text) in DATA_ARGS.items():
+        yes_or_no = {"type": _boolean, "nargs": "?", "const": True} if kind is bool else {"type": kind}
+        parser.add_argument(_flag(name), metavar=METAVARS[kind], help=text.replace("%", "%%"), **yes_or_no)
+    parser.add_argument("--no-follow-links", dest="follow_links", action="store_false", default=None,
+                        help=argparse.SUPPRESS)  # fmt: skip
+
+
+def data_args(flags: dict) -> dict:
+    """Return the arguments of layouts.load_data that were given as flags."""
+    return {name: flags[name] for name in DATA_ARGS if flags.get(name) is not None}
 
 
 def _flag(name: str) -> str:

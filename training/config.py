@@ -42,10 +42,7 @@ class Config:
     )
 
     data: str = option("shapes", "shapes, coco, cityscapes, or a folder (docs/DATA.md)", group="data")
-    root: str = option("", "folder of COCO or Cityscapes, or the parent of shapes; default: in datasets/")
-    train_json: str = option("", "training annotations, instead of the folder's instances_train.json")
-    val_json: str = option("", "validation annotations, instead of the folder's instances_val.json")
-    image_folder: str = option("", "images of both, instead of the folder's images/")
+    data_args: dict = option(None, "arguments of layouts.load_data as JSON; each is a flag of its own too")
     unlabeled: list = option(None, "folders of additional unlabeled images, searched recursively")
     crop: tuple = option((1024, 1024), "height and width of training crops, multiples of 32")
     lsj_scale: tuple = option((0.1, 2.0), "large-scale jitter: image size relative to fitting the crop")
@@ -116,7 +113,7 @@ class Config:
             )
         if self.teacher_checkpoint and self.student_checkpoint:
             raise ValueError("--student-checkpoint starts at phase 3; drop --teacher-checkpoint")
-        self.model_args = self.model_args or {}
+        self.model_args, self.data_args = self.model_args or {}, self.data_args or {}
         self.num_queries = self.num_queries or (200 if self.backbone == "swin_l" else 100)
         # COCO models with crops of 1024 are tested at 800 x 1333; keep that proportion.
         proportional = (

@@ -109,8 +109,7 @@ def read_data(cfg: Config, env: Env) -> Data:
         cfg.crop, cfg.lsj_scale, cfg.short_sides, color_jitter=cfg.color_jitter, blur=cfg.blur
     )
     with rank0_first():
-        files = dict(train_json=cfg.train_json, val_json=cfg.val_json, image_folder=cfg.image_folder)
-        train, val = load_data(cfg.data, cfg.root or None, **files)
+        train, val = load_data(cfg.data, **cfg.data_args)
         if rank() == 0:
             lock(Path(cfg.out))
     names = train.class_names
