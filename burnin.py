@@ -15,13 +15,18 @@ are missing.
 
 Letters in shapes: B images, Q queries, K classes, N pseudo-labels of one image, H W pixels, h w = H/4 W/4."""
 
+if __name__ == "__main__":
+    from training.cli import answer_early
+
+    answer_early(__doc__)
+
 import functools
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import DataError, split_hash
+from data import DataError
 from evaluate import ap_line, compare_predictions, evaluate
 from matcher import SetCriterion
 from model import resize
@@ -324,7 +329,7 @@ def main(argv=None) -> None:
         if cfg.student_checkpoint or cfg.finetune_steps:
             raise ValueError("--student-checkpoint and --finetune-steps belong to phase 3; run distill.py")
         env, data, criterion = set_up(cfg)
-        completed = completed_phases(cfg, env, split_hash(data.labeled))
+        completed = completed_phases(cfg, env, data.hashes)
         print_setup(cfg, data, last_phase=2)
     with expected_errors(DataError):
         run = run_supervised if cfg.supervised_only else run_burn_in

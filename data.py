@@ -332,6 +332,15 @@ def split_hash(image_ids) -> str:
     return hashlib.sha256(repr(sorted(image_ids)).encode()).hexdigest()[:8]
 
 
+def labels_hash(dataset: CocoDataset, image_ids) -> str:
+    """Return eight hexadecimal digits that identify the objects of a set of images."""
+    digest = hashlib.sha256()
+    for image_id in sorted(image_ids):
+        for label, entry in zip(dataset.labels(image_id), dataset.objects(image_id)):
+            digest.update(repr((image_id, label, entry["segmentation"])).encode())
+    return digest.hexdigest()[:8]
+
+
 def repeat_factors(dataset: CocoDataset, image_ids, threshold: float) -> list[float]:
     """Compute how often to show each image, so that rare classes count for more.
 

@@ -12,6 +12,11 @@ It writes teacher.pt, burnin.pt, distill.pt, a picture and report.html to runs/<
 interrupted run is resumed by the same command. --finetune-steps adds a last phase on labels alone, which
 is not in the paper."""
 
+if __name__ == "__main__":
+    from training.cli import answer_early
+
+    answer_early(__doc__)
+
 from pathlib import Path
 
 import torch
@@ -28,7 +33,7 @@ from burnin import (
     run_supervised,
     train_supervised,
 )
-from data import DataError, split_hash
+from data import DataError
 from matcher import SetCriterion
 from tools.report import report_run
 from training.checkpoint import (
@@ -123,7 +128,7 @@ def main(argv=None) -> None:
     with expected_errors():
         cfg = parse_config(argv, __doc__)
         env, data, criterion = set_up(cfg)
-        completed = completed_phases(cfg, env, split_hash(data.labeled))
+        completed = completed_phases(cfg, env, data.hashes)
         print_setup(cfg, data, last_phase=3)
     with expected_errors(DataError):
         if cfg.supervised_only:

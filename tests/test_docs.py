@@ -14,8 +14,7 @@ import pytest
 from commands import ROOT, run
 
 import evaluate
-from training.cli import parse_config
-from training.cli import DATA_ARGS
+from training.cli import DATA_ARGS, parse_config
 from training.config import Config
 
 PAGES = {"README.md": ROOT / "README.md"} | {f"docs/{p.name}": p for p in sorted(ROOT.glob("docs/*.md"))}

@@ -56,7 +56,16 @@ KEEP = 2  # checkpoints of a running phase: the newest may be damaged
 # Options that may change when a run is resumed. The supervised baseline shares the folder of a run, and
 # --scale-to-batch shows in lr, steps and ema_decay.
 MAY_CHANGE_ON_RESUME = {"out", "preset", "workers", "device", "supervised_only", "scale_to_batch"}
-MAY_CHANGE_ON_RESUME |= {"grad_accum_steps", "log_every", "save_every", "eval_every", "tensorboard"}
+MAY_CHANGE_ON_RESUME |= {"hours", "grad_accum_steps", "log_every", "save_every", "eval_every", "tensorboard"}
+
+
+# Options that a phase does not use, so that they may change after it.
+GUIDED = {"unlabeled", "score_threshold", "min_area", "unsupervised_weight", "strong_view", "blur"}
+GUIDED |= {"repeat_threshold", "mask_nms_iou", "full_res_masks", "teacher_checkpoint"}
+UNUSED = {"finetune": MAY_CHANGE_ON_RESUME}
+UNUSED["distill"] = UNUSED["finetune"] | {"finetune_steps"}
+UNUSED["burnin"] = UNUSED["distill"] | {"ema_decay", "student_checkpoint"}
+UNUSED["teacher"] = UNUSED["supervised"] = UNUSED["burnin"] | GUIDED
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -253,42 +262,66 @@ def latest_checkpoint(out, phase: str) -> tuple:
     return None, None
 
 
-def completed_phases(cfg: Config, env: Env, split: str) -> set[str]:
-    """Return the phases whose final checkpoint exists. split: the hash of the labeled images.
-
-    Raises ValueError if such a checkpoint, or one to resume from, was made with other options or labeled
-    images."""
-    checked = [phase for phase in PHASES if phase != "finetune" or cfg.finetune_steps]
-    phases = {phase for phase in checked if is_completed(cfg, phase, split)}
-    assert_same_on_all_ranks(len(phases), "numbers of completed phases", env)
-    return phases
+def has_checkpoints(out) -> bool:
+    """Return whether a phase of a run has begun or is completed."""
+    return any((Path(out) / f"{phase}.pt").exists() or step_files(out, phase) for phase in PHASES)
 
 
-def is_completed(cfg: Config, phase: str, split: str) -> bool:
-    """Return whether the final checkpoint of a phase exists. Raises ValueError if it, or one to resume from,
-    was made with other options."""
-    final = Path(cfg.out) / f"{phase}.pt"
-    may_change = MAY_CHANGE_ON_RESUME | ({"finetune_steps"} if phase != "finetune" else set())
-    try:
-        completed = load_checkpoint(final) if final.exists() else None
-    except ValueError as error:
-        raise ValueError(f"{error}; remove it to run its phase again") from None
-    for path, checkpoint in ((final, completed), latest_checkpoint(cfg.out, phase)):
-        if checkpoint:
-            before = checkpoint["config"] | {"split": checkpoint.get("split")}
-            now = dataclasses.asdict(cfg)
-            for config in (before, now):  # a dataset may have moved
-                config["data_args"] = {k: v for k, v in config["data_args"].items() if k != "root"}
-            del now["labeled_list"]  # its images count, not the name of the file
-            now["split"] = split  # last, because the other options explain more
-            same_model = with_defaults(before["model_args"]) == with_defaults(now["model_args"])
-            equal = {"model_args"} if same_model else set()
-            for name in now:
-                if name in before.keys() - may_change - equal and before[name] != now[name]:
-                    change = f"{name} {before[name]!r}, now {now[name]!r}"
-                    advice = "remove it to fine-tune again" if phase == "finetune" else "choose another --out"
-                    raise ValueError(f"{path} was made with other options ({change}); {advice}")
-    return final.exists()
+def completed_phases(cfg: Config, env: Env, hashes: dict) -> set[str]:
+    """Return the phases whose final checkpoint exists and was made with the options of this run.
+
+    hashes: "split" and "labels", which identify the labeled images and their objects. If options have changed
+    that only later phases use, these phases are run again: their results are renamed to
+    <phase>.previous.pt. Raises ValueError if options of the first phase have changed, or if a phase that
+    is running was started with others."""
+    phases = ["supervised"] if cfg.supervised_only else [p for p in PHASES if p != "supervised"]
+    phases = [phase for phase in phases if phase != "finetune" or cfg.finetune_steps]
+    completed, outdated, why = [], [], ""
+    for phase in phases:
+        path, final = Path(cfg.out) / f"{phase}.pt", None
+        if path.exists():
+            try:
+                final = load_checkpoint(path)
+            except ValueError as error:
+                raise ValueError(f"{error}; remove it to run its phase again") from None
+            change = changed_option(cfg, final, hashes, phase)
+            if change and not completed:
+                raise ValueError(f"{path} {change}; choose another --out")
+            why = why or change
+            (outdated if why else completed).append(phase)
+        running, checkpoint = latest_checkpoint(cfg.out, phase)
+        if checkpoint and not final:
+            change = changed_option(cfg, checkpoint, hashes, phase)
+            if change or why:
+                raise ValueError(f"{running} {change or why}; choose another --out")
+    assert_same_on_all_ranks(len(completed), "numbers of completed phases", env)
+    barrier()  # every rank has read the checkpoints
+    if outdated:
+        files = ", ".join(f"{phase}.pt" for phase in outdated)
+        print_rank0(f"{files} in {cfg.out} {why}: {', '.join(completed)} kept, the others are run again")
+        print_rank0(f"the former results stay as {files.replace('.pt', '.previous.pt')}")
+        for phase in outdated if rank() == 0 else ():
+            os.replace(Path(cfg.out) / f"{phase}.pt", Path(cfg.out) / f"{phase}.previous.pt")
+    return set(completed)
+
+
+def changed_option(cfg: Config, checkpoint: dict, hashes: dict, phase: str) -> str:
+    """Say which option that a phase uses has changed since its checkpoint, "" if none has."""
+    before = checkpoint["config"] | {name: checkpoint[name] for name in hashes if name in checkpoint}
+    now = dataclasses.asdict(cfg)
+    del now["labeled_list"], now["unannotated"]  # their images count, not the options
+    now |= hashes  # last, because the other options explain more
+    for options in (before, now):
+        options["model_args"] = with_defaults(options["model_args"])
+        options["data_args"] = {k: v for k, v in options["data_args"].items() if k != "root"}
+        t, b, d = options["steps"]
+        options["steps"] = {"teacher": t, "burnin": b, "distill": d, "supervised": t + b + d}.get(phase)
+    for name in now:
+        if name in before.keys() - UNUSED[phase] and before[name] != now[name]:
+            if name == "labels":
+                return f"was made before the labels changed (hash {before[name]}, now {now[name]})"
+            return f"was made with other options ({name} {before[name]!r}, now {now[name]!r})"
+    return ""
 
 
 _locks = {}  # open files by folder

@@ -7,11 +7,12 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
 from typing import NoReturn
 
 from interop.legacy import CONFIG_RENAMES, MODEL_ARGS
-from training.config import PRESETS, Config, rescale_for_batch_size
+from training.config import PRESETS, Config, read_settings, rescale_for_batch_size
 
 ALIASES = CONFIG_RENAMES  # former spellings of flags stay valid, but --help does not show them
 TEST_SIZE = ("test_short_side", "test_long_side")  # former spellings of the two numbers of --test-size
@@ -25,6 +26,24 @@ DATA_ARGS = {  # the arguments of layouts.load_data, which are flags of every pr
     "allow_missing": (bool, "go on although more than 10 % of the images are missing"),
     "crowd_is_object": (bool, "take each annotation with iscrowd 1 as one object (CVAT's brush masks)"),
     "follow_links": (bool, "follow links that leave the image folder [true]"),
+}
+# Options that --settings-from does not take: those of a run's data, start and folder.
+NOT_SHARED = {"data", "data_args", "unlabeled", "labeled_list", "ratio", "unannotated", "out", "device"}
+NOT_SHARED |= {"hours", "init_from", "teacher_checkpoint", "student_checkpoint", "supervised_only"}
+EPILOGS = {"auto": "In brackets: defaults. Preset auto chooses many options from the images and the machine."}
+HINTS = {  # what other programs call things
+    "--epochs": "the length is --steps, such as --steps 2000,2000,4000, or --hours 2",
+    "--gpus": "start one process per GPU: torchrun --nproc_per_node=8 distill.py ...",
+    "--imgsz": "the size of training crops is --crop, such as --crop 512,512",
+    "--img-size": "the size of training crops is --crop, such as --crop 512,512",
+    "--batch-size": "it is --batch",
+    "--resume": "no flag is needed: the same command resumes an interrupted run",
+    "--weights": "start from a model with --init-from, or from a backbone with --backbone-weights",
+    "--learning-rate": "it is --lr",
+    "--num-workers": "it is --workers",
+    "--model": "the backbone is --backbone, other arguments of the model are --model-args",
+    "--project": "the folder of a run is --out",
+    "--output-dir": "the folder of a run is --out",
 }
 METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT", tuple: "X,X", dict: "JSON", list: "DIR"}
 
@@ -40,31 +59,37 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized"):
             actions = [action for action in self._actions if action.help is not argparse.SUPPRESS]
             flags = [flag for action in actions for flag in action.option_strings if flag.startswith("--")]
-            close = difflib.get_close_matches(message.split()[2].split("=")[0], flags, n=1)
+            unknown = message.split()[2].split("=")[0]
+            if unknown in HINTS:
+                exit_with_error(f"there is no {unknown}: {HINTS[unknown]}")
+            close = difflib.get_close_matches(unknown, flags, n=1)
             message += f"; did you mean {close[0]}?" if close else "."
             message += f" Valid flags: {' '.join(flags)}"
         exit_with_error(message)
 
 
 def parse_config(argv=None, description=None) -> Config:
-    """Build a Config from its defaults, then the preset, then the flags. The preset is that of --preset,
-    or of the dataset, or "coco" for a folder. Exits with one line for a wrong flag; Config raises
-    ValueError for a value."""
+    """Build a Config from its defaults, then the preset or the run of --settings-from, then the flags. The
+    preset is that of --preset, or of the dataset, or "auto" for a folder. Exits with one line for a wrong
+    flag; Config raises ValueError for a value."""
     fields = {field.name: field for field in dataclasses.fields(Config)}
     first = Parser(None, add_help=False)  # the preset comes first, because --help shows its values
-    for name in ("data", "preset"):
+    for name in ("data", "preset", "settings-from"):
         first.add_argument(f"--{name}")
     chosen = first.parse_known_args(argv)[0]
     data = chosen.data or fields["data"].default
-    preset_name = chosen.preset or (data if data in PRESETS else "coco")
+    preset_name = chosen.preset or (data if data in PRESETS else "auto")
     if preset_name not in PRESETS:
         exit_with_error(f"unknown preset {preset_name!r}; choose one of {', '.join(sorted(PRESETS))}")
-    preset = PRESETS[preset_name]
+    former = read_settings(chosen.settings_from)["options"] if chosen.settings_from else {}
+    former = {name: value for name, value in former.items() if name in fields.keys() - NOT_SHARED}
+    preset = former or PRESETS[preset_name]
+    preset_name = former.get("preset", preset_name)
 
     parser = Parser(
         description,
         usage="%(prog)s [options]",
-        epilog=f"In brackets: the values of the preset {preset_name!r}.",
+        epilog=EPILOGS.get(preset_name, f"In brackets: the values of the preset {preset_name!r}."),
     )
     for name, field in fields.items():
         value = preset.get(name, field.default)
@@ -72,15 +97,23 @@ def parse_config(argv=None, description=None) -> Config:
         text = (field.metadata["help"] + default).replace("%", "%%")
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
-        group.add_argument(_flag(name), metavar=METAVARS[field.type], help=text, **_argument_type(field))
+        group.add_argument(
+            option_flag(name), metavar=METAVARS[field.type], help=text, **_argument_type(field)
+        )
         if name == "data":
             add_data_flags(group)
+    group.add_argument(
+        "--settings-from", metavar="RUN", help="take all settings but the data's from this run"
+    )
     for old, new in ALIASES.items():
-        parser.add_argument(_flag(old), dest=new, help=argparse.SUPPRESS, **_argument_type(fields[new]))
+        parser.add_argument(option_flag(old), dest=new, help=argparse.SUPPRESS, **_argument_type(fields[new]))
     for name in (*MODEL_ARGS, *TEST_SIZE):  # --hidden-dim 64 is --model-args '{"hidden_dim": 64}'
-        parser.add_argument(_flag(name), type=int, help=argparse.SUPPRESS)
+        parser.add_argument(option_flag(name), type=int, help=argparse.SUPPRESS)
     parser.add_argument("--backbone-args", type=_json, help=argparse.SUPPRESS)
     flags = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    flags.pop("settings_from", None)
+    if "unlabeled" in flags and not flags.keys() & {"ratio", "labeled_list"}:
+        flags["ratio"] = 1.0  # whoever gives other unlabeled images wants to use all labels
 
     values = dict(preset)
     if flags.get("scale_to_batch") and "batch" in flags:
@@ -98,16 +131,19 @@ def parse_config(argv=None, description=None) -> Config:
     if given != [None, None]:
         before = flags.get("test_size") or preset.get("test_size") or (None, None)
         flags["test_size"] = tuple(b if side is None else side for b, side in zip(before, given))
-    return Config(
-        **{**values, **flags, "preset": preset_name, "model_args": model_args, "data_args": reading}
-    )
+    dictionaries = {"model_args": model_args, "data_args": reading}
+    cfg = Config(**{**values, **flags, **dictionaries, "preset": preset_name})
+    cfg.given = frozenset(flags) | frozenset(former) | {name for name in dictionaries if dictionaries[name]}
+    return cfg
 
 
 def add_data_flags(parser) -> None:
     """Add the flags of DATA_ARGS."""
     for name, (kind, text) in DATA_ARGS.items():
         yes_or_no = {"type": _boolean, "nargs": "?", "const": True} if kind is bool else {"type": kind}
-        parser.add_argument(_flag(name), metavar=METAVARS[kind], help=text.replace("%", "%%"), **yes_or_no)
+        parser.add_argument(
+            option_flag(name), metavar=METAVARS[kind], help=text.replace("%", "%%"), **yes_or_no
+        )
     parser.add_argument("--no-follow-links", dest="follow_links", action="store_false", default=None,
                         help=argparse.SUPPRESS)  # fmt: skip
 
@@ -117,7 +153,7 @@ def data_args(flags: dict) -> dict:
     return {name: flags[name] for name in DATA_ARGS if flags.get(name) is not None}
 
 
-def _flag(name: str) -> str:
+def option_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
@@ -153,6 +189,13 @@ def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"expected true or false, found {text!r}")
     return text.lower() == "true"
+
+
+def answer_early(description: str) -> None:
+    """Answer --help, and let Ctrl-C end the program quietly, before imports that take seconds."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        parse_config(description=description)
 
 
 def exit_with_error(message, code: int = 2) -> NoReturn:

@@ -2,6 +2,7 @@
 distill.py."""
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,11 @@ class Config:
     lengths. Presets override defaults, flags override both. The strong view's strengths, except blur, are in
     data.strong_view."""
 
-    ratio: float = option(0.1, "labeled fraction of the training images, in (0, 1]", group="method")
+    ratio: float = option(
+        0.1,
+        "labeled fraction of the training images, in (0, 1]; 1 by default with --unlabeled",
+        group="method",
+    )
     labeled_list: str = option("", "file with one labeled image per line; replaces --ratio")
     steps: tuple = option((25_000, 25_000, 343_750), "steps of teacher burn-in, guided burn-in, distillation")
     score_threshold: float = option(0.7, "keep predictions with more than this class probability", max=1)
@@ -44,6 +49,9 @@ class Config:
     data: str = option("shapes", "shapes, coco, cityscapes, or a folder (docs/DATA.md)", group="data")
     data_args: dict = option(None, "arguments of layouts.load_data as JSON; each is a flag of its own too")
     unlabeled: list = option(None, "folders of additional unlabeled images, searched recursively")
+    unannotated: str = option(
+        "", "images without annotations are background or unlabeled; default: unlabeled with preset auto"
+    )
     crop: tuple = option((1024, 1024), "height and width of training crops, multiples of 32")
     lsj_scale: tuple = option((0.1, 2.0), "large-scale jitter: image size relative to fitting the crop")
     short_sides: tuple = option((), "resize the shorter side to one of these instead of jitter, pixels")
@@ -80,7 +88,10 @@ class Config:
     )
     scale_to_batch: bool = option(False, "rescale the preset's lr, steps and EMA decay to --batch")
 
-    preset: str = option("", "shapes, coco or cityscapes; default: that of --data, or coco", group="run")
+    preset: str = option(
+        "", "shapes, coco, cityscapes, or auto, the default for a folder (training/auto.py)", group="run"
+    )
+    hours: float = option(0.0, "fit --steps to this time, measured before training; 0: --steps as they are")
     out: str = option("", "folder of checkpoints and logs; default: runs/<data>-<ratio>")
     device: str = option("", "cuda, mps or cpu; default: the best available")
     precision: str = option("", "bf16 or fp32; default: bf16 where the device is fast at it")
@@ -88,6 +99,9 @@ class Config:
     save_every: int = option(1000, "steps between two checkpoints to resume from", min=1)
     eval_every: int = option(0, "steps between two evaluations; 0: only at the end of a phase")
     tensorboard: bool = option(False, "write curves and pictures for TensorBoard to <out>/tensorboard")
+
+    given = frozenset()  # the options that were given as flags, which preset auto does not choose
+    reasons = None  # {option: why preset auto chose its value}
 
     def __post_init__(self):
         if not 0 < self.ratio <= 1:
@@ -100,6 +114,8 @@ class Config:
             raise ValueError(f"--loss-weights must be three numbers, found {self.loss_weights}")
         if len(self.test_size) not in (0, 2):
             raise ValueError(f"--test-size must be two numbers, found {self.test_size}")
+        if self.unannotated not in ("", "background", "unlabeled"):
+            raise ValueError(f"--unannotated must be background or unlabeled, found {self.unannotated!r}")
         if self.grad_accum_steps > 1 and self.norm == "batch":
             raise ValueError("--grad-accum-steps must be 1 with --norm batch, which needs whole batches")
         if self.supervised_only and (self.teacher_checkpoint or self.student_checkpoint):
@@ -133,8 +149,11 @@ class Config:
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"--model-args: {name} must be at least 1, found {value}")
         check_ranges(self)
+        self.out = self.out or self.default_out()
+
+    def default_out(self) -> str:
         name = Path(self.labeled_list).stem or f"{self.ratio:g}"
-        self.out = self.out or f"runs/{Path(self.data).resolve().name}-{name}"
+        return f"runs/{Path(self.data).resolve().name}-{name}"
 
 
 def check_ranges(cfg: Config) -> None:
@@ -151,6 +170,8 @@ PRESETS = {
     # The paper's recipe on COCO. Guided burn-in of 25,000 steps is from a published re-run (the released
     # default is 50,000); the length of teacher burn-in is our choice.
     "coco": {},
+    # Your own images: training/auto.py chooses from them and from the machine.
+    "auto": {},
     "cityscapes": dict(
         crop=(512, 1024),
         short_sides=tuple(round(512 + 102.4 * i) for i in range(16)),
@@ -197,6 +218,26 @@ PRESETS = {
         eval_every=250,
     ),
 }
+
+
+def write_settings(cfg: Config) -> None:
+    """Write the options of a run to out/settings.json, for --settings-from and to resume preset auto."""
+    content = {"options": dataclasses.asdict(cfg), "reasons": cfg.reasons}
+    (Path(cfg.out) / "settings.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def read_settings(run) -> dict:
+    """Read what `write_settings` wrote: {"options", "reasons"}. run: the folder of the run, or a checkpoint
+    in it. Raises ValueError."""
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    try:
+        content = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+        for field in dataclasses.fields(Config):
+            if field.type is tuple and field.name in content["options"]:
+                content["options"][field.name] = tuple(content["options"][field.name])
+        return content
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot read the settings of the run {str(run)!r}: {error}") from None
 
 
 def rescale_for_batch_size(cfg: Config, batch: int) -> dict:

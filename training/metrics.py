@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training import signals
+from training.auto import GUIDED_STEP_COST
 from training.cli import expected_errors
 from training.config import Config
 from training.distributed import Env, all_reduce_mean, print_rank0, rank, world_size
@@ -39,6 +40,7 @@ class Metrics:
         self.printed = []  # the names of those that it printed
         self.warned = False
         self.last_time, self.last_step, self.paused_seconds = time.time(), first_step, 0.0
+        self.cfg, self.first_step, self.started = cfg, first_step, self.last_time
         self.board = None
         if cfg.tensorboard and rank() == 0:
             self.board = tensorboard_writer()(self.out / "tensorboard" / phase, purge_step=first_step)
@@ -61,8 +63,18 @@ class Metrics:
             self.sums[name] = previous[0] + value, previous[1] + count
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
+        if step == self.first_step + 2:  # the first steps are slow
+            self.started = time.time()
+        if step == self.first_step + 10:
+            self._print_expected_time(step, (time.time() - self.started) / 8)
         if step % self.log_every == 0 or step == self.steps:
             self._log_means(step)
+
+    def _print_expected_time(self, step: int, seconds: float) -> None:
+        """Print the time that is left at the speed of the first steps."""
+        left, later = expected_seconds(self.cfg, self.phase, self.steps - step, seconds)
+        text = f"{self.phase}: {seconds:.2g} s per step, about {format_duration(left)} left"
+        print_rank0(text + (f", and {format_duration(later)} for the phases after it" if later else ""))
 
     def _log_means(self, step: int) -> None:
         sums = torch.tensor([[float(value), count] for value, count in self.sums.values()])
@@ -112,6 +124,15 @@ class Metrics:
         """Flush TensorBoard's curves."""
         if self.board:
             self.board.close()
+
+
+def expected_seconds(cfg: Config, phase: str, steps: int, seconds: float) -> tuple[float, float]:
+    """Return the time of the remaining steps of a phase, and that of the phases after it."""
+    guided = seconds if phase in ("burnin", "distill") else GUIDED_STEP_COST * seconds
+    later = {"teacher": cfg.steps[1] + cfg.steps[2], "burnin": cfg.steps[2]}.get(phase, 0) * guided
+    if phase in ("teacher", "burnin", "distill"):
+        later += cfg.finetune_steps * guided / GUIDED_STEP_COST
+    return steps * seconds, later
 
 
 def format_values(values: dict) -> str:

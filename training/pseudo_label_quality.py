@@ -37,11 +37,12 @@ def measure_pseudo_labels(predict, data: Data, num_images: int = 200) -> dict:
 
     predict: from images (B, 3, H, W) uint8 to pseudo-labels, as `pseudo_labels` returns them.
     Returns "images"; "kept", pseudo-labels per image; "score", their mean score; and "classes", their class
-    frequencies, beside "labeled_classes", those of the labeled images. If some training images are
-    unlabeled, also "precision", "recall" and "mask_iou" of the correct pseudo-labels, in percent
+    frequencies, beside "labeled_classes", those of the labeled images. If some unlabeled training images have
+    annotations, also "precision", "recall" and "mask_iou" of the correct pseudo-labels, in percent
     (`match_pseudo_labels`)."""
     cfg, num_classes = data.cfg, data.num_classes
-    held_out = sorted(set(data.train.image_ids) - set(data.labeled))
+    # Without annotations an image may show objects that nobody has marked yet.
+    held_out = [i for i in sorted(set(data.train.image_ids) - set(data.labeled)) if data.train.annotations(i)]
     dataset, ids = (data.train, held_out) if held_out else (data.unlabeled, data.unlabeled.image_ids)
     ids = sorted(ids, key=lambda i: stable_seed(cfg.seed, "held-out", i))[:num_images]
     views = SkipDamaged(AugmentedDataset(dataset, data.augmentation, labels=bool(held_out)), ids)

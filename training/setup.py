@@ -1,6 +1,9 @@
 """From a Config to data, fresh models and loss; wrong options and annotations are reported here, before
 training."""
 
+import shlex
+import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ from data import (
     UnlabeledImages,
     endless_batches,
     labeled_split,
+    labels_hash,
     repeat_factors,
     shortest_edge_size,
     split_from_file,
@@ -25,12 +29,13 @@ from layouts import load_data
 from layouts.cityscapes import is_cityscapes, official_evaluation
 from matcher import SetCriterion
 from model import Mask2Former
-from training.checkpoint import load_student_checkpoint, load_teacher_checkpoint, lock
-from training.cli import expected_errors, format_value
-from training.config import PRESETS, Config, rescale_for_batch_size
+from training.auto import choose_options, fit_steps, measure_facts, measure_step_seconds
+from training.checkpoint import has_checkpoints, load_student_checkpoint, load_teacher_checkpoint, lock
+from training.cli import expected_errors, format_value, option_flag
+from training.config import PRESETS, Config, read_settings, rescale_for_batch_size, write_settings
 from training.distributed import Env, init_distributed, print_rank0, rank, rank0_first, world_size
 from training.metrics import print_banner, tensorboard_writer
-from training.optimization import lr_multiplier
+from training.optimization import build_optimizer, lr_multiplier
 
 LOADER_TIMEOUT = 300.0  # seconds without a batch after which a loader process counts as stuck
 
@@ -38,7 +43,7 @@ LOADER_TIMEOUT = 300.0  # seconds without a batch after which a loader process c
 @dataclass
 class Data:
     """The data of a run: datasets, labeled image ids, the unlabeled pool (every training image, the
-    labeled ones too, and those of --unlabeled), and how training crops are made. val may be None."""
+    labeled ones too, and those of --unlabeled). val may be None."""
 
     cfg: Config
     env: Env
@@ -46,7 +51,18 @@ class Data:
     val: CocoDataset | None
     labeled: list
     unlabeled: UnlabeledImages
-    augmentation: Augmentation
+
+    @property
+    def augmentation(self) -> Augmentation:
+        cfg = self.cfg
+        return Augmentation(
+            cfg.crop, cfg.lsj_scale, cfg.short_sides, color_jitter=cfg.color_jitter, blur=cfg.blur
+        )
+
+    @property
+    def hashes(self) -> dict:
+        """Return what identifies the labeled images and their objects."""
+        return {"split": split_hash(self.labeled), "labels": labels_hash(self.train, self.labeled)}
 
     @property
     def num_classes(self) -> int:
@@ -95,30 +111,73 @@ def set_up(cfg: Config) -> tuple[Env, Data, SetCriterion]:
     if cfg.tensorboard:
         tensorboard_writer()
     data = read_data(cfg, env)
+    if cfg.preset == "auto":
+        choose_settings(cfg, data)
+    data.augmentation  # noqa: B018  raises for a wrong crop or scale
     check_model(cfg, data)
     weights = dict(zip(("weight_class", "weight_mask", "weight_dice"), cfg.loss_weights))
     criterion = SetCriterion(
         data.num_classes, **weights, no_object_weight=cfg.no_object_weight, num_points=cfg.num_points
     )
-    return env, data, criterion.to(env.device)
+    criterion = criterion.to(env.device)
+    if cfg.hours and not has_checkpoints(cfg.out):
+        fit_to_hours(cfg, data, criterion)
+    if rank() == 0:
+        write_settings(cfg)
+    return env, data, criterion
+
+
+def choose_settings(cfg: Config, data: Data) -> None:
+    """Fill in what preset auto chooses, and the reasons. A run that has begun keeps its settings."""
+    if has_checkpoints(cfg.out) and (Path(cfg.out) / "settings.json").exists():
+        former = read_settings(cfg.out)
+        choices = {name: (former["options"][name], why) for name, why in (former["reasons"] or {}).items()}
+    else:
+        num_unlabeled = len(data.unlabeled.image_ids) - len(data.labeled)
+        facts = measure_facts(data.train, data.labeled, num_unlabeled, data.env.device)
+        choices = choose_options(facts, {name: getattr(cfg, name) for name in cfg.given})
+    choices = {name: choice for name, choice in choices.items() if name not in cfg.given - {"model_args"}}
+    set_options(cfg, {name: value for name, (value, _) in choices.items()})
+    cfg.reasons = {name: why for name, (_, why) in choices.items()}
+
+
+def set_options(cfg: Config, options: dict) -> None:
+    """Set options of a Config and check them as its constructor does."""
+    for name, value in options.items():
+        setattr(cfg, name, value)
+    cfg.__post_init__()
+
+
+def fit_to_hours(cfg: Config, data: Data, criterion: SetCriterion) -> None:
+    """Set the steps that take --hours, as far as ten steps of a throwaway model tell."""
+    model = build_model(cfg, data, "teacher").train()
+    batches = data.labeled_batches("teacher", 0)
+    seconds = measure_step_seconds(model, build_optimizer(model, cfg), batches, criterion, data.env)
+    fitted = fit_steps(cfg, seconds)
+    set_options(cfg, fitted)
+    reason = f"fit {cfg.hours:g} hours at {seconds:.3g} s for a step on labels, measured"
+    cfg.reasons = {**(cfg.reasons or {}), **dict.fromkeys(fitted, reason)}
 
 
 def read_data(cfg: Config, env: Env) -> Data:
     """Read the datasets and choose the labeled images. Rank 0 reads first, as it may have to write files."""
-    augmentation = Augmentation(
-        cfg.crop, cfg.lsj_scale, cfg.short_sides, color_jitter=cfg.color_jitter, blur=cfg.blur
-    )
     with rank0_first():
         train, val = load_data(cfg.data, **cfg.data_args)
-        if rank() == 0:
-            lock(Path(cfg.out))
     names = train.class_names
     if val and val.class_names != names:
         raise ValueError(f"training has the classes {names}, validation {val.class_names}")
+    candidates = train.image_ids
+    if unannotated_are_unlabeled(cfg):
+        candidates = [image_id for image_id in train.image_ids if train.annotations(image_id)]
+        if len(candidates) < len(train) and not cfg.given & {"ratio", "labeled_list"}:
+            cfg.ratio = 1.0  # the unlabeled images are there already
+            cfg.out = cfg.out if "out" in cfg.given else cfg.default_out()
     if cfg.labeled_list:
         labeled = split_from_file(cfg.labeled_list, train)
     else:
-        labeled = labeled_split(train.image_ids, cfg.ratio, cfg.seed)
+        labeled = labeled_split(candidates, cfg.ratio, cfg.seed)
+    if rank() == 0:
+        lock(Path(cfg.out))
     if not any(map(train.labels, labeled)):
         dropped = train.dropped
         why = f"; {len(dropped)} annotations are left out, such as: {dropped[0]}" if dropped else ""
@@ -126,7 +185,12 @@ def read_data(cfg: Config, env: Env) -> Data:
     if is_cityscapes(val):
         official_evaluation()  # raises if cityscapesscripts is not installed
     unlabeled = UnlabeledImages(train, cfg.unlabeled or (), exclude=[train, val])
-    return Data(cfg, env, train, val, labeled, unlabeled, augmentation)
+    return Data(cfg, env, train, val, labeled, unlabeled)
+
+
+def unannotated_are_unlabeled(cfg: Config) -> bool:
+    """Return whether images without annotations are unlabeled, not images without objects."""
+    return (cfg.unannotated or ("unlabeled" if cfg.preset == "auto" else "background")) == "unlabeled"
 
 
 def model_arguments(cfg: Config, data: Data) -> dict:
@@ -141,7 +205,7 @@ def describe(cfg: Config, data: Data) -> dict:
         "model_args": model_arguments(cfg, data),
         "class_names": data.train.class_names,
         "category_ids": data.train.category_ids,
-        "split": split_hash(data.labeled),
+        **data.hashes,
     }
 
 
@@ -205,7 +269,7 @@ def print_setup(cfg: Config, data: Data, last_phase: int) -> None:
     unlabeled = "" if cfg.supervised_only else f"and {cfg.batch} unlabeled "
     batch = f"{cfg.batch} labeled {unlabeled}images per step, lr {cfg.lr:.3g}"
     reference = Config(**PRESETS.get(cfg.preset, {}))
-    if cfg.batch != reference.batch and not cfg.scale_to_batch:
+    if cfg.batch != reference.batch and not cfg.scale_to_batch and cfg.preset != "auto":
         scaled = rescale_for_batch_size(reference, cfg.batch)
         scaled = {name: f"{v:.4g}" if isinstance(v, float) else v for name, v in scaled.items()}
         flags = ", ".join(f"--{name.replace('_', '-')} {format_value(v)}" for name, v in scaled.items())
@@ -223,8 +287,25 @@ def print_setup(cfg: Config, data: Data, last_phase: int) -> None:
         batch=batch,
         steps=", ".join(f"{steps:,} {name}" for name, steps in phases.items()),
     )
+    for line in choice_lines(cfg):
+        print_rank0(line)
     for warning in data_warnings(cfg, data):
         print_rank0(f"warning: {warning}")
+
+
+def choice_lines(cfg: Config) -> Iterator[str]:
+    """Yield one line for each option that was chosen, with its reason, and the command that repeats them."""
+    if not cfg.reasons:
+        return
+    yield "  chosen from the images and the machine; a flag overrides a choice:"
+    for name, reason in cfg.reasons.items():
+        flag = f"{option_flag(name)} {format_value(getattr(cfg, name))}"
+        yield textwrap.fill(f"{flag}  ({reason})", 100, initial_indent="    ", subsequent_indent="      ")
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    for name in cfg.reasons:
+        # With 0 hours the steps are not fitted again.
+        words += [option_flag(name), format_value(0 if name == "hours" else getattr(cfg, name))]
+    yield f"  the same without choices: python {shlex.join(words)}"
 
 
 def data_warnings(cfg: Config, data: Data) -> Iterator[str]:
@@ -236,6 +317,17 @@ def data_warnings(cfg: Config, data: Data) -> Iterator[str]:
         if dataset and dataset.dropped:
             example, number = dataset.dropped[0], len(dataset.dropped)
             yield f"{dataset.json_file}: {number} annotations are left out, such as: {example}"
+    count = sum(not train.annotations(image_id) for image_id in train.image_ids)
+    if count and unannotated_are_unlabeled(cfg):
+        yield (
+            f"{count} images without annotations are unlabeled; if they show no object, pass "
+            "--unannotated background"
+        )
+    elif count > len(train) / 20:
+        yield (
+            f"{count} of {len(train)} training images have no annotation and count as images without "
+            "objects; if nobody has annotated them yet, pass --unannotated unlabeled"
+        )
     labels = [train.labels(image_id) for image_id in data.labeled]
     missing = set(range(data.num_classes)) - {label for image in labels for label in image}
     if missing:

@@ -1,0 +1,181 @@
+"""Tests of --preset auto, --hours and --settings-from: options that are chosen, fitted and taken over."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from commands import run
+
+from layouts import load_data
+from training.auto import GUIDED_STEP_COST, Facts, choose_options, ema_decay, fit_steps, measure_facts
+from training.cli import parse_config
+from training.config import Config, read_settings, write_settings
+from training.metrics import expected_seconds
+
+PHOTOS = Facts(
+    long_side=640, object_side=0.1, num_objects=(12, 30), num_labeled=300, num_unlabeled=2000, num_cores=2
+)
+ON_GPU = dataclasses.replace(PHOTOS, gpu_memory=80.0, num_cores=16)
+
+
+def values(facts, **given):
+    return {name: value for name, (value, _) in choose_options(facts, given).items()}
+
+
+def test_every_choice_is_an_option_and_has_a_reason():
+    options = {field.name for field in dataclasses.fields(Config)}
+    for facts in (PHOTOS, ON_GPU):
+        choices = choose_options(facts, {})
+        assert choices.keys() <= options
+        assert all(reason for _, reason in choices.values())
+        Config(preset="auto", **values(facts))  # raises for a wrong value
+
+
+def test_an_option_that_is_given_is_not_chosen_and_others_follow_it():
+    chosen = values(ON_GPU, crop=(512, 512), pretrained=False)
+    assert "crop" not in chosen and chosen["norm"] == "group" and chosen["score_threshold"] == 0.9
+    assert chosen["batch"] == 16 and values(dataclasses.replace(ON_GPU, gpu_memory=8.0))["batch"] < 16
+    assert values(PHOTOS, model_args={"hidden_dim": 32})["model_args"]["hidden_dim"] == 32
+
+
+def test_the_crop_fits_the_images():
+    assert values(ON_GPU)["crop"] == (640, 640)
+    assert values(dataclasses.replace(ON_GPU, long_side=4000))["crop"] == (1024, 1024)
+    assert values(dataclasses.replace(PHOTOS, long_side=90))["crop"] == (96, 96)
+
+
+def test_small_objects_are_enlarged_in_training_and_at_test_time():
+    """Nuclei of 14 pixels in images of 256."""
+    nuclei = dataclasses.replace(PHOTOS, long_side=256, object_side=0.055, num_objects=(49, 50))
+    chosen = values(nuclei)
+    zoom = 24 / (0.055 * 160)
+    assert chosen["crop"] == (160, 160)
+    assert chosen["lsj_scale"] == (round(0.7 * zoom, 2), round(1.3 * zoom, 2))
+    assert chosen["test_size"] == (round(zoom * 160),) * 2
+    assert chosen["full_res_masks"] and chosen["num_queries"] == 80
+    assert not values(dataclasses.replace(PHOTOS, object_side=0.6))["full_res_masks"]
+
+
+def test_an_image_is_enlarged_twice_at_most():
+    chosen = values(dataclasses.replace(PHOTOS, long_side=160, object_side=0.01))
+    assert chosen["test_size"] == (320, 320)
+
+
+@pytest.mark.parametrize("processes", [1, 3, 8])
+def test_the_batch_is_a_multiple_of_the_processes(processes):
+    for facts in (PHOTOS, ON_GPU):
+        assert values(dataclasses.replace(facts, num_gpus=processes))["batch"] % processes == 0
+
+
+def test_facts_are_those_of_the_drawn_images(shapes):
+    train, _ = load_data(str(shapes))
+    facts = measure_facts(train, train.image_ids, 7, torch.device("cpu"))
+    counts = [len(train.labels(image_id)) for image_id in train.image_ids]
+    areas = [o["area"] for image_id in train.image_ids for o in train.objects(image_id)]
+    assert facts.long_side == 64 and facts.num_objects[1] == max(counts)
+    assert (facts.num_labeled, facts.num_unlabeled, facts.gpu_memory) == (12, 7, 0.0)
+    assert facts.object_side == pytest.approx(
+        sorted(math.sqrt(a) / 64 for a in areas)[len(areas) // 2], abs=0.02
+    )
+
+
+def config(given=(), **options):
+    cfg = Config(preset="auto", **options)
+    cfg.given = frozenset(given)
+    return cfg
+
+
+def test_steps_fit_the_hours():
+    cfg = config(given={"hours"}, hours=1.0, steps=(100, 100, 200), finetune_steps=50)
+    fitted = fit_steps(cfg, seconds=1.0)
+    t, b, d = fitted["steps"]
+    total = t + GUIDED_STEP_COST * (b + d) + fitted["finetune_steps"]
+    assert total == pytest.approx(0.9 * 3600, rel=0.01) and b / t == pytest.approx(1, rel=0.01)
+    assert fitted["ema_decay"] == ema_decay(d)
+
+
+def test_hours_that_auto_chose_are_a_limit_only():
+    cfg = config(hours=1.0, steps=(100, 100, 200))
+    assert fit_steps(cfg, seconds=0.01) == {}
+    assert fit_steps(cfg, seconds=100.0)["steps"] == (4, 4, 9)
+
+
+def test_steps_that_are_given_are_not_fitted_by_the_limit_of_auto():
+    cfg = config(given={"steps"}, hours=1.0, steps=(100, 100, 200))
+    assert "steps" not in fit_steps(cfg, seconds=100.0)
+
+
+def test_the_expected_time_counts_all_phases():
+    cfg = Config(steps=(10, 20, 30), finetune_steps=4)
+    assert expected_seconds(cfg, "teacher", 10, 1.0) == (10, pytest.approx(50 * GUIDED_STEP_COST + 4))
+    left, later = expected_seconds(cfg, "distill", 3, GUIDED_STEP_COST)
+    assert (left, later) == (pytest.approx(3 * GUIDED_STEP_COST), pytest.approx(4))
+    assert expected_seconds(cfg, "finetune", 4, 1.0) == (4, 0)
+
+
+def test_settings_are_read_back_as_they_were(tmp_path):
+    cfg = Config(out=str(tmp_path), crop=(64, 96), unlabeled=["a"], model_args={"hidden_dim": 32})
+    write_settings(cfg)
+    assert Config(**read_settings(tmp_path)["options"]) == cfg
+    assert Config(**read_settings(tmp_path / "distill.pt")["options"]) == cfg
+
+
+def test_settings_from_takes_the_settings_of_a_run_but_not_its_data(tmp_path):
+    write_settings(Config(out=str(tmp_path), data="coco", ratio=0.02, crop=(64, 96), preset="coco", batch=4))
+    flags = ["--data", "my_dataset", "--settings-from", str(tmp_path), "--lr", "0.5"]
+    cfg = parse_config(flags)
+    assert (cfg.crop, cfg.batch, cfg.lr, cfg.data, cfg.ratio) == ((64, 96), 4, 0.5, "my_dataset", 0.1)
+    assert cfg.out == "runs/my_dataset-0.1"
+
+
+def test_settings_that_are_missing_are_an_error_of_one_line(tmp_path):
+    done = run("distill.py", "--settings-from", tmp_path / "nowhere", code=2)
+    assert (
+        done.stderr.startswith("error: cannot read the settings of the run") and done.stderr.count("\n") == 1
+    )
+
+
+FEW_STEPS = "--backbone resnet10t --pretrained false --crop 64,64 --batch 2 --num-points 16 --steps 2,2,2"
+FEW_STEPS += " --finetune-steps 1 --device cpu --precision fp32"
+
+
+def test_a_folder_needs_no_preset_and_keeps_its_settings_when_resumed(shapes, tmp_path):
+    flags = ["--data", shapes, *FEW_STEPS.split(), "--out", tmp_path / "run"]
+    flags += ["--model-args", '{"hidden_dim": 32, "num_heads": 4}']
+    first = run("distill.py", *flags)
+    assert "chosen from the images and the machine" in first.stdout
+    assert "--norm group  (for training from scratch)" in first.stdout
+    settings = json.loads((tmp_path / "run/settings.json").read_text())["options"]
+    assert settings["preset"] == "auto" and settings["crop"] == [64, 64]
+    assert settings["model_args"]["hidden_dim"] == 32 and settings["model_args"]["decoder_layers"] == 3
+    again = run("distill.py", *flags)
+    assert "all phases are done" in again.stdout
+    [command] = [line for line in first.stdout.splitlines() if "the same without choices" in line]
+    assert "--hours 0" in command and "--norm group" in command
+
+
+def test_other_unlabeled_images_mean_that_all_labels_are_used(shapes, tmp_path):
+    assert parse_config(["--unlabeled", "photos"]).ratio == 1.0
+    assert parse_config(["--unlabeled", "photos", "--ratio", "0.2"]).ratio == 0.2
+
+
+def test_images_without_annotations_join_the_unlabeled_pool(shapes, tmp_path):
+    """A third of the images is annotated. --ratio is 1 by default and counts the annotated images alone."""
+    folder = tmp_path / "half"
+    shutil.copytree(shapes, folder)
+    content = json.loads((folder / "instances_train.json").read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] < 4]
+    (folder / "instances_train.json").write_text(json.dumps(content))
+    flags = ["--data", folder, *FEW_STEPS.split()]
+    done = run("distill.py", *flags, "--out", tmp_path / "run")
+    assert "12 training images, 4 of them labeled" in done.stdout
+    assert "8 images without annotations are unlabeled" in done.stdout
+    results = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert not any("precision" in line["pseudo"] for line in results if "pseudo" in line)
+    background = run(
+        "distill.py", *flags, "--ratio", "1", "--unannotated", "background", "--out", tmp_path / "b"
+    )
+    assert "12 training images, 12 of them labeled" in background.stdout
