@@ -144,8 +144,8 @@ def test_fine_tuning_can_be_added_to_a_completed_run_and_resumed(train_only, uni
     steps = {state["step"].item() for state in after["optimizer"]["state"].values()}
     assert steps == {3}, "the optimizer is a fresh one"
     job = train(train_only, tmp_path / "cut", "--finetune-steps", 4)
-    assert job.wait() == [2], job.text()
-    assert "(finetune_steps 3, now 4); remove it to fine-tune again" in job.text()
+    assert job.wait() == [0] and "teacher, burnin, distill kept" in job.text(), job.text()
+    assert same(load_checkpoint(tmp_path / "cut/finetune.previous.pt"), after)
     job = train(train_only, tmp_path / "cut")
     assert job.wait() == [0] and "all phases are done" in job.text(), job.text()
 

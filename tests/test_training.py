@@ -15,7 +15,7 @@ from torch import nn
 import distill
 import evaluate
 import training.checkpoint
-from data import Augmentation, AugmentedDataset, CocoDataset, collate, split_hash
+from data import Augmentation, AugmentedDataset, CocoDataset, collate
 from layouts.shapes import write_shapes
 from matcher import SetCriterion
 from model import Mask2Former
@@ -313,6 +313,48 @@ def test_a_folder_of_a_run_with_other_options_is_refused(tiny, completed, capsys
         distill.main(["--data", str(tiny), *TINY, "--out", str(out), "--steps", "5", "--seed", "1"])
     assert stop.value.code == 2
     assert "made with other options (seed 0, now 1); choose another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, kept, again",
+    [
+        ("--steps 5,5,7", ["teacher", "burnin"], ["distill"]),
+        ("--ema-decay 0.5", ["teacher", "burnin"], ["distill"]),
+        ("--score-threshold 0.3 --min-area 1", ["teacher"], ["burnin", "distill"]),
+    ],
+)
+def test_options_of_later_phases_may_change_after_the_earlier_ones(
+    tiny, completed, tmp_path, flags, kept, again
+):
+    out, _ = completed
+    shutil.copytree(out, tmp_path / "run")
+    printed = train(tiny, tmp_path / "run", "--steps", "5", *flags.split()).stdout
+    assert f"{', '.join(kept)} kept, the others are run again" in printed
+    assert ("phase 2 of 3" in printed) == ("burnin" in again) and "phase 1 of 3" not in printed
+    for phase in kept:
+        assert (tmp_path / f"run/{phase}.pt").read_bytes() == (out / f"{phase}.pt").read_bytes()
+    for phase in again:
+        assert (tmp_path / f"run/{phase}.previous.pt").read_bytes() == (out / f"{phase}.pt").read_bytes()
+    result = load_checkpoint(tmp_path / "run/distill.pt")
+    assert result["step"] == (7 if "7" in flags else 5)
+    assert "all phases are done" in train(tiny, tmp_path / "run", "--steps", "5", *flags.split()).stdout
+
+
+def test_labels_that_were_corrected_are_noticed(tiny, completed, tmp_path):
+    """The images are the same, so the split is, too."""
+    shutil.copytree(tiny, tmp_path / "data")
+    train(tmp_path / "data", tmp_path / "run", "--steps", "1")
+    file = tmp_path / "data/instances_train.json"
+    content = json.loads(file.read_text())
+    labeled = load_checkpoint(tmp_path / "run/teacher.pt")["labels"]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = annotation["category_id"] % 4 + 1
+    file.write_text(json.dumps(content))
+    for _ in range(2):
+        error = train(tmp_path / "data", tmp_path / "run", "--steps", "1", code=2).stderr
+        assert f"teacher.pt was made before the labels changed (hash {labeled}, now " in error
+        assert error.count("\n") == 1 and "choose another --out" in error
+        (tmp_path / "run/distill.pt").unlink(missing_ok=True)
 
 
 def test_another_labeled_list_under_the_same_name_is_refused(tiny, tmp_path, capsys):
@@ -764,13 +806,13 @@ def test_a_completed_phase_of_format_1_belongs_to_the_same_options(tiny, tmp_pat
     model_args = model_arguments(cfg, data)
     checkpoint = {"phase": "burnin", "step": 3, "world_size": 1, "model": {}, "teacher": {}, "optimizer": {}}
     checkpoint |= {"config": dataclasses.asdict(cfg), "model_args": model_args}
-    checkpoint["split"] = split_hash(data.labeled)
+    checkpoint["split"] = data.hashes["split"]
     torch.save(to_format_1(checkpoint), tmp_path / "burnin.pt")
-    assert completed_phases(cfg, env, split_hash(data.labeled)) == {"burnin"}
+    assert completed_phases(cfg, env, data.hashes) == {"burnin"}
     assert load_student_checkpoint(cfg, data.train.class_names, model_args)["format"] == 2
     for change in (["--decoder-layers", "2"], ["--lr", "1"]):
         with pytest.raises(ValueError, match="was made with other options"):
-            completed_phases(parse_config([*flags, *change]), env, split_hash(data.labeled))
+            completed_phases(parse_config([*flags, *change]), env, data.hashes)
 
 
 # ------------------------------------------------------------------------------------------------ overfitting
