@@ -168,7 +168,7 @@ class UnlabeledImages:
             files[folder] = [path for path in list_image_files(folder) if path not in excluded]
         paths = list(dict.fromkeys(itertools.chain(*files.values())))
         unwanted = {
-            path: "Git LFS pointers (`git lfs pull` fetches the images)"
+            path: "Git LFS pointers; run `git lfs pull` to get the images"
             for path, is_pointer in zip(paths, _map_in_threads(is_lfs_pointer, paths))
             if is_pointer
         }
@@ -177,7 +177,7 @@ class UnlabeledImages:
         for reason in sorted(set(unwanted.values())):
             left_out = [path for path in paths if unwanted.get(path) == reason]
             self.notes.append(
-                f"{len(left_out)} unlabeled files are {reason}; left out, such as {left_out[0]!r}"
+                f"{len(left_out)} unlabeled files (such as {left_out[0]!r}) are left out: {reason}"
             )
         added = {}
         for folder in files:
@@ -482,7 +482,7 @@ def inspect_images(
     problems = {
         "channels": "have extra channels; only the first three (in gray images one) are read",
         "pages": "have several pages; only the first one is read",
-        "deep colors": "have 16 bits per color, of which the upper 8 are read; convert them if they are dark",
+        "deep colors": "have 16 bits per color; only the upper 8 are read, so convert images that look dark",
     }
     if ("stored" in paths) == ("turned" in paths):
         problems["both"] = (
@@ -491,7 +491,7 @@ def inspect_images(
         )
     sampled = f" of {len(ids)} sampled" if len(ids) < len(all_ids) else ""
     notes = [
-        f"{len(paths[name])}{sampled} images {problem}, such as {str(paths[name][0])!r}"
+        f"{len(paths[name])}{sampled} images (such as {str(paths[name][0])!r}) {problem}"
         for name, problem in problems.items()
         if name in paths
     ]
