@@ -63,7 +63,8 @@ def test_each_log_step_prints_one_line_with_names_speed_and_time_left(make_metri
     for step in range(300_001, 300_101):
         log.clock.now += 0.0821
         log.log(step, 16, VALUES, loss=3.0, highest_score=1.0)
-    first, second = capsys.readouterr().out.splitlines()
+    expected, first, second = capsys.readouterr().out.splitlines()
+    assert expected == "distill: 0.082 s per step, about 59m51s left"
     assert first == (
         "distill 300050/343750  loss ce 12.3 mask 1.00 dice 0.00  unlabeled ce 123 mask 100.0 dice 0.50  "
         "pseudo labels 12.3  195 img/s  59m48s left"

@@ -235,7 +235,7 @@ def test_a_step_of_two_processes_has_the_gradient_of_one_process(tiny, tmp_path)
         ("--bakbone resnet50", "unrecognized arguments: --bakbone resnet50; did you mean --backbone?"),
         ("--backb resnet50", "unrecognized arguments: --backb"),
         ("--backbone resnet5", "unknown backbone 'resnet5'"),
-        ("--preset coca", "unknown preset 'coca'; choose one of cityscapes, coco, shapes"),
+        ("--preset coca", "unknown preset 'coca'; choose one of auto, cityscapes, coco, shapes"),
         ("--norm layer", "unknown norm 'layer'"),
         ("--schedule linear", "unknown schedule 'linear'; choose one of poly, step, cosine"),
         ("--steps 1,2", "--steps must be one or three whole numbers, at least 1, found (1, 2)"),
