@@ -143,6 +143,7 @@ def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
     steps = steps * 3 if len(steps) == 1 else steps
     choose("finetune_steps", max(1, steps[2] // 3), "a third of the last phase, on labels alone")
     if not on_gpu:
+        choose("precision", "fp32", "bf16 does not speed up a model this small")
         choose("hours", 2.5, "for all phases on a CPU: fewer steps if they take longer")
 
     if on_gpu:
