@@ -338,10 +338,10 @@ def test_classes_of_training_and_validation_must_agree(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"annotations": []}, "no labeled image has an object\n"),
-        ({"annotations": [], "images": []}, "no labeled image has an object\n"),
-        ({"categories": []}, "annotation 1: its category_id 3 is not in the file"),
-        ({"segmentation": [1, 1, 9, 1, 9, 9]}, "; 33 annotations are left out, such as: annotation 1 (image"),
+        ({"annotations": []}, "no object to train on (0 annotations: 0 trained)\n"),
+        ({"annotations": [], "images": []}, "it has no image\n"),
+        ({"categories": []}, "it has no category"),
+        ({"segmentation": [1, 1, 9, 1]}, "(33 annotations: 0 trained, 33 fewer than three corners)"),
     ],
 )
 def test_labeled_images_without_any_object_are_refused(tiny, tmp_path, capsys, change, words):
