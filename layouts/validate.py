@@ -22,7 +22,7 @@ from layouts.image_files import (
     nearest_file,
     read_sizes,
 )
-from layouts.json_files import LFS_HINT, check_lists, read_json
+from layouts.json_files import LFS_HINT, read_json
 from layouts.masks import read_mask, whole_number
 
 # Pillow refuses larger images as decompression bombs, unless its limit is switched off.
@@ -49,9 +49,9 @@ BINS = {
 NOTES = {bin: f"annotations left out: {{}} {why}" for bin, why in BINS.items() if why} | {
     "shared": "{} validation files are training files, so AP will be too high",
     "ids": "annotation ids: {} repeated or missing, so all annotations are numbered anew",
-    "names": "image file names: {} no files, but each fits exactly one file of another name",
+    "names": "image file names: {} found under another name",
     "sizes": "image sizes: {} missing and taken from the image files",
-    "merged": "image entries: {} of a file with an earlier entry, merged with that",
+    "merged": "image entries: {} for a file that has an earlier entry, merged with it",
     "unusual form": "masks: {} nested otherwise than COCO's, or with numbers as text, read as meant",
 }
 
@@ -87,7 +87,8 @@ def load_coco(
     Args:
         strict: raise the first error. Otherwise invalid entries are left out, and the attribute `errors` of
             the result lists all errors.
-        content: the parsed content of the file. By default the file is read.
+        content: the parsed content {"images", "annotations", "categories"} of the file, if it is not to be
+            read, because it had another form.
         like: the training set, if a validation set is read. The result has its classes, matched by name.
         allow_missing: leave out any number of missing images, if one remains.
         crowd_is_object: take each crowd as one object.
@@ -97,10 +98,7 @@ def load_coco(
     of suspicion; and the number of annotations that ended in each of BINS, `trained` first.
 
     Raises DataError for a file that is missing or invalid, or contradicts itself or its images."""
-    try:
-        content = read_json(json_file) if content is None else check_lists(content)
-    except DataError as error:
-        raise error if content is None else DataError(f"{json_file}: {error}") from None
+    content = read_json(json_file) if content is None else content
     found = Findings()
     categories, category_of = read_categories(content, like, found)
     images, image_of = read_images(content["images"], image_folder, follow_links, allow_missing, found)
