@@ -22,6 +22,10 @@ from layouts.json_files import LFS_POINTER
 UPLOAD_PREFIX = re.compile("^[0-9a-f]{8}-")  # Label Studio puts it before the name of an uploaded file.
 
 
+class UnreadableError(DataError):
+    """An image file that cannot be read."""
+
+
 def find_files(names, folder, follow_links: bool = True) -> tuple[dict, dict, dict]:
     """Find the file of each name below an image folder. Nothing outside of the folder is opened, unless links
     in the folder lead there and are followed.
@@ -131,8 +135,7 @@ def nearest_file(name: str, folder, follow_links: bool = True) -> str:
 def read_sizes(path) -> tuple[tuple[int, int], tuple[int, int]]:
     """Read an image file's size (H, W) from its header, as viewers show it and as its pixels are stored.
 
-    They differ if the EXIF orientation turns the image by 90 degrees. Raises DataError for a file that is no
-    image."""
+    They differ if the EXIF orientation turns the image by 90 degrees. Raises UnreadableError."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             stored = image.height, image.width
@@ -141,7 +144,7 @@ def read_sizes(path) -> tuple[tuple[int, int], tuple[int, int]]:
             return (stored[::-1] if turned else stored), stored
     except Exception as error:  # Pillow raises many kinds of exceptions for damaged files.
         problem = str(error) or type(error).__name__
-        raise DataError(f"cannot read image {str(path)!r}: {problem}"[:500]) from None
+        raise UnreadableError(f"cannot read image {str(path)!r}: {problem}"[:500]) from None
 
 
 def is_lfs_pointer(path) -> bool:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from data import CocoDataset, DataError
 from layouts.image_files import (
+    UnreadableError,
     file_identities,
     find_files,
     is_lfs_pointer,
@@ -262,6 +263,9 @@ def read_images(
             try:
                 image = read_image_entry(entry, paths[name], Path(folder), found)
                 result[key] = merge_image(image, by_file, found)
+            except UnreadableError as error:
+                found.count("missing", f"{where}: it has no size, and {error}")
+                result[key] = "image missing"
             except DataError as error:
                 found.errors.append(f"{where}: {error}")
             if name != paths[name]:
@@ -278,10 +282,13 @@ def image_name(entry: dict) -> str:
 
 
 def read_image_entry(entry: dict, path: str, folder: Path, found: Findings) -> dict:
-    """Return {"id", "height", "width", "file_name"} of an image. Raises DataError for an invalid size."""
+    """Return {"id", "height", "width", "file_name"} of an image. Raises DataError for an invalid size, and
+    UnreadableError if the size is missing and the file cannot tell it."""
     given = entry.get("height"), entry.get("width")
     size = tuple(map(whole_number, given))
     if None in given or given == (0, 0):
+        if is_lfs_pointer(folder / path):
+            raise DataError(f"its file {path!r} is {LFS_HINT}"[:500])
         size, _ = read_sizes(folder / path)
         found.count("sizes", repr(path))
     if not all(side and side > 0 for side in size) or size[0] * size[1] > MAX_PIXELS:
@@ -306,8 +313,9 @@ def check_missing(missing: dict, total: int, folder, follow_links, allow_missing
     if not number:
         return
     name = next(iter(missing), "")
-    nearest = nearest_file(name, folder, follow_links) if name else ""
-    example = found.examples["missing"] + (f" (the nearest file is {nearest!r})"[:200] if nearest else "")
+    example = found.examples["missing"]
+    nearest = nearest_file(name, folder, follow_links) if name and ascii(name) in example else ""
+    example += f" (the nearest file is {nearest!r})"[:200] if nearest else ""
     # Up to three images, and a quarter of a tiny set, are few.
     is_few = number <= max(MAX_MISSING * total, min(3, total / 4))
     if number == total:
@@ -339,7 +347,7 @@ def check_sizes(images: list[dict], folder, found: Findings) -> None:
             sizes = read_sizes(Path(folder) / image["file_name"])
             if size not in sizes:
                 wrong.append((image, size, sizes[0]))
-        except DataError as error:
+        except UnreadableError as error:
             damaged.append(str(error))
     if damaged and len(damaged) == len(sample):
         found.errors.append(f"none of {len(sample)} images can be read, such as: {damaged[0]}")

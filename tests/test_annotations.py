@@ -356,6 +356,17 @@ def test_missing_sizes_are_those_of_the_files_as_viewers_show_them(folder, chang
     assert f"image sizes: 1 missing and taken from the image files, such as 'img_1.{suffix}'" in dataset.notes
 
 
+def test_a_damaged_image_without_a_size_is_left_out(folder):
+    coco = content()
+    del coco["images"][3]["height"]
+    (folder / "images/img_4.png").write_text("hello")
+    dataset = read(folder, coco)
+    assert dataset.image_ids == [1, 2, 3] and dataset.bins == {"trained": 4, "image missing": 1}
+    assert "such as image 4: it has no size, and cannot read image" in dataset.notes[0]
+    (folder / "images/img_4.png").write_text("version https://git-lfs.github.com/spec/v1")
+    assert "git lfs pull" in refused(folder, coco)
+
+
 def test_images_of_another_size_are_refused_before_training(folder):
     coco = content()
     coco["images"][2] |= {"height": 2 * H, "width": 2 * W}
