@@ -73,12 +73,13 @@ class CocoDataset:
     Attributes:
         image_ids: in ascending order.
         class_names, category_ids: label k is the k-th category in the order of ids, which may have gaps.
-        errors, dropped: messages about entries that the validation left out, empty by default.
+        errors, notes, bins: what layouts.validate.load_coco found, empty by default: messages about invalid
+            entries; lines about repairs, what is left out and suspicions; {bin: number of annotations}.
         pixel_range, exif_stored: how `read_image` reads the images; see `inspect_images`."""
 
     def __init__(self, json_file, image_folder, content: dict | None = None):
         self.json_file, self.image_folder = Path(json_file), Path(image_folder)
-        self.errors, self.dropped = [], []
+        self.errors, self.notes, self.bins = [], [], {}
         self.pixel_range, self.exif_stored = None, False
         if content is None:
             content = json.loads(self.json_file.read_text(encoding="utf-8"))

@@ -144,7 +144,7 @@ def test_optional_keys_of_annotations_have_defaults(make_dataset):
     dataset = CocoDataset(dataset.json_file, dataset.image_folder)
     annotation = {"id": 1, "image_id": 1, "category_id": 2, "segmentation": segmentation}
     assert dataset.annotations(1) == [annotation | {"iscrowd": 0, "area": None}]
-    assert dataset.errors == dataset.dropped == []
+    assert dataset.errors == dataset.notes == [] and dataset.bins == {}
 
 
 def test_given_content_replaces_the_file(make_dataset):

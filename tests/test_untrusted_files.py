@@ -58,11 +58,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def read(folder, coco, strict=True):
+def read(folder, coco, strict=True, **options):
     """Write a COCO file, or any text, and read it."""
     text = coco if isinstance(coco, str) else json.dumps(coco)
     (folder / "a.json").write_text(text)
-    return load_coco(folder / "a.json", folder / "images", strict)
+    return load_coco(folder / "a.json", folder / "images", strict, **options)
 
 
 # ----------------------------------------------------------------------------------------- annotations
@@ -71,7 +71,7 @@ def read(folder, coco, strict=True):
 def test_a_valid_file_is_read(folder):
     dataset = read(folder, content())
     assert dataset.size(7) == (H, W) and dataset.labels(7) == [0]
-    assert dataset.errors == dataset.dropped == []
+    assert dataset.errors == dataset.notes == [] and dataset.bins == {"trained": 1}
     assert dataset.annotations(7)[0] == content()["annotations"][0] | {"area": 91.0}
 
 
@@ -136,10 +136,11 @@ REFUSED = {
     "an RLE of huge runs": ({"segmentation": {"size": [H, W], "counts": "o" * 30 + "0"}}, "are damaged"),
     "an absurd RLE": ({"segmentation": {"size": [10**9, 10**9], "counts": [10**18]}}, "of its RLE is"),
     "an RLE without counts": ({"segmentation": {"size": [H, W]}}, "no valid counts"),
-    "no segmentation": ({"segmentation": None}, "neither polygons nor an RLE"),
-    "a number as segmentation": ({"segmentation": 3}, "neither polygons nor an RLE"),
-    "a crowd that is text": ({"iscrowd": "0"}, "its iscrowd '0' is not 0 or 1"),
-    "no id": ({"id": None}, "annotation None: its id is not an integer"),
+    "an RLE of text in a list": ({"segmentation": {"size": [H, W], "counts": ["x"]}}, "no valid counts"),
+    "no segmentation": ({"segmentation": None}, "no object to train on .* 1 boxes only"),
+    "a number as segmentation": ({"segmentation": 3}, "no object to train on .* 1 unreadable form"),
+    "a crowd that is a word": ({"iscrowd": "maybe"}, "annotation 5: its iscrowd 'maybe' is not 0 or 1"),
+    "a crowd of several": ({"iscrowd": 2}, "its iscrowd 2 is not 0 or 1"),
 }
 
 
@@ -150,34 +151,40 @@ def test_an_invalid_annotation_is_refused_and_named_by_its_id(folder, change, me
     assert "a.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
-DROPPED = {
-    "no polygon": [],
-    "two corners": [[1, 1, 5, 5]],
-    "an odd number of values": [[1, 1, 5, 5, 5, 1, 7]],
-    "not a number": [[1, 1, 5, 5, 5, float("nan")]],
-    "infinity": [[1, 1, 5, 5, 5, float("inf")]],
-    "far away": [[1, 1, 5e9, 5, 5, 1]],
-    "text": [["1", "1", "5", "5", "5", "1"]],
-    "a list of numbers": [1, 1, 5, 5, 5, 1],
-    "lists in lists": [[[1, 1], [5, 5], [5, 1]]],
-    "an absurd number": [[1, 1, 5, 5, 5, 10**400]],
-    "an empty RLE": encoded(~ones),
-    "an empty uncompressed RLE": {"size": [H, W], "counts": [H * W]},
+LEFT_OUT = {
+    "no polygon": ([], "boxes only"),
+    "a number": (3, "unreadable form"),
+    "two corners": ([[1, 1, 5, 5]], "fewer than three corners"),
+    "an odd number of values": ([[1, 1, 5, 5, 5, 1, 7]], "unreadable form"),
+    "not a number": ([[1, 1, 5, 5, 5, float("nan")]], "not numbers"),
+    "infinity": ([[1, 1, 5, 5, 5, float("inf")]], "not numbers"),
+    "far away": ([[1, 1, 5e9, 5, 5, 1]], "outside"),
+    "words": ([["a", "b", "5", "5", "5", "1"]], "not numbers"),
+    "dictionaries": ([[{"x": 1, "y": 1}, {"x": 5, "y": 5}, {"x": 5, "y": 1}]], "unreadable form"),
+    "a deep nest": ([[[[[[[1, 1], [5, 5], [5, 1]]]]]]], "unreadable form"),
+    "an absurd number": ([[1, 1, 5, 5, 5, 10**400]], "not numbers"),
+    "an absurdly long outline": (
+        [[v for x in range(5000) for v in (x % 20, 12 * (x % 2))]],
+        "unreadable form",
+    ),
+    "an empty RLE": (encoded(~ones), "empty"),
+    "an empty uncompressed RLE": ({"size": [H, W], "counts": [H * W]}, "empty"),
 }
 
 
-@pytest.mark.parametrize("segmentation", DROPPED.values(), ids=DROPPED)
-def test_an_annotation_without_a_mask_is_left_out_and_listed(folder, segmentation):
+@pytest.mark.parametrize("segmentation, bin", LEFT_OUT.values(), ids=LEFT_OUT)
+def test_an_annotation_without_a_mask_is_left_out_and_counted(folder, segmentation, bin):
     coco = content(segmentation=segmentation)
     coco["annotations"].append(content(id=6)["annotations"][0])
     dataset = read(folder, coco)
     assert [a["id"] for a in dataset.annotations(7)] == [6]
-    assert dataset.dropped == ["annotation 5 (image 7) has no mask"]
+    assert dataset.bins == {"trained": 1, bin: 1} and len(dataset.notes) == 1
+    assert f"left out: 1 {validate.BINS[bin]}, such as annotation 5 (image 7)" in dataset.notes[0]
 
 
 def test_valid_polygons_are_kept_when_an_invalid_one_is_dropped(folder):
-    dataset = read(folder, content(segmentation=[[1, 1, 5, 5], *POLYGON]))
-    assert dataset.annotations(7)[0]["segmentation"] == POLYGON and not dataset.dropped
+    dataset = read(folder, content(segmentation=[[1, 1, 5, 5], None, *POLYGON]))
+    assert dataset.annotations(7)[0]["segmentation"] == POLYGON and dataset.bins == {"trained": 1}
 
 
 def changed(key, **change):
@@ -186,23 +193,26 @@ def changed(key, **change):
     return coco
 
 
-def doubled(key):
+def doubled(key, **change):
     coco = content()
-    coco[key] = coco[key][:1] * 2
+    coco[key] = [coco[key][0], coco[key][0] | change]
     return coco
 
 
+def two_cells():
+    coco = doubled("annotations", category_id=9)
+    return coco | {"categories": [{"id": i, "name": "cell"} for i in (2, 9)]}
+
+
 BROKEN = {
-    "a duplicate annotation": (doubled("annotations"), "annotation 5: its id is used twice"),
     "a duplicate image": (doubled("images"), "image 7: its id is used twice"),
     "a duplicate category": (doubled("categories"), "category 2: its id is used twice"),
-    "two categories of one name": (
-        {**content(), "categories": [{"id": i, "name": "cell"} for i in (2, 3)]},
-        "category 3: its name 'cell' is used twice",
-    ),
+    "an image id as number and text": (doubled("images", id="7"), "image '7': its id is used twice"),
+    "two used categories of one name": (two_cells(), "category 9: its name 'cell' is used twice"),
+    "no category at all": ({**content(), "categories": []}, "it has no category"),
     "a category without a name": (changed("categories", name=None), "category 2: its name None is not text"),
     "a height of 0": (changed("images", height=0), r"image 7: height and width \(0, 20\) are not a valid"),
-    "a width that is text": (changed("images", width="20"), "are not a valid image size"),
+    "a width that is a word": (changed("images", width="wide"), "are not a valid image size"),
     "an absurd size": (changed("images", height=10**9, width=10**9), "are not a valid image size"),
     "a missing file": (changed("images", file_name="b.png"), "image 7: its file 'b.png' is not in"),
     "a folder as file": (changed("images", file_name="."), "image 7: its file '.' is not in"),
@@ -214,9 +224,10 @@ BROKEN = {
     ),
     "a way out": (changed("images", file_name="../secret.png"), "'../secret.png' is outside of"),
     "an absolute path": (changed("images", file_name="/etc/passwd"), "'/etc/passwd' is outside of"),
+    "a way out without a file": (changed("images", file_name="../none.png"), "'../none.png' is outside of"),
     "a link that leads out": (changed("images", file_name="link.png"), "'link.png' is outside of"),
     "a folder that leads out": (changed("images", file_name="way/secret.png"), "is outside of"),
-    "an image that is a number": ({**content(), "images": [3]}, "image 3: its id is not an integer"),
+    "an image that is a number": ({**content(), "images": [3]}, "image 3: it is not a dictionary"),
     "images as a dictionary": ({**content(), "images": {}}, "not a COCO instances file"),
     "no categories": ({"images": [], "annotations": []}, "not a COCO instances file"),
     "a deep nest": ("[" * 100_000, "not a COCO instances file"),
@@ -230,13 +241,15 @@ def test_a_file_that_contradicts_itself_or_its_images_is_refused(folder, coco, m
     (folder / "images" / "link.png").symlink_to(folder / "secret.png")
     (folder / "images" / "way").symlink_to(folder)
     with pytest.raises(DataError, match=message) as caught:
-        read(folder, coco)
+        read(folder, coco, follow_links=False)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
 def test_a_link_to_an_image_within_the_folder_is_followed(folder):
     (folder / "images" / "b.png").symlink_to(folder / "images" / "a.png")
-    assert read(folder, changed("images", file_name="b.png")).image(7).size == (W, H)
+    for follow_links in (True, False):
+        dataset = read(folder, changed("images", file_name="b.png"), follow_links=follow_links)
+        assert dataset.image(7).size == (W, H)
 
 
 def test_all_problems_are_counted_and_can_be_listed(folder):
@@ -245,6 +258,7 @@ def test_all_problems_are_counted_and_can_be_listed(folder):
     with pytest.raises(DataError, match="2 problems in all"):
         read(folder, coco)
     dataset = read(folder, coco, strict=False)
+    assert dataset.bins == {"trained": 1, "invalid": 2}
     assert len(dataset.errors) == 2 and [a["id"] for a in dataset.annotations(7)] == [8]
 
 

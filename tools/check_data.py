@@ -92,7 +92,7 @@ def check_dataset(
     origins: {hash of an image file: where it was first seen}, extended here."""
     file = dataset.json_file.name
     errors = [f"{file}: {message}" for message in dataset.errors]
-    warnings = [f"{file}: {message}, it is left out" for message in dataset.dropped]
+    warnings = [f"{file}: {note}" for note in dataset.notes]
     checks = map_in_threads(dataset.image_ids, lambda image_id: check_image(dataset, image_id), name)
     for image_id, (digest, error, empty_masks) in checks:
         where = f"{file}: image {image_id}"

@@ -27,6 +27,7 @@ from data import (
 from interop.load import load_any_checkpoint, load_partial
 from layouts import load_data
 from layouts.cityscapes import is_cityscapes, official_evaluation
+from layouts.validate import format_bins
 from matcher import SetCriterion
 from model import Mask2Former
 from training.auto import choose_options, fit_steps, measure_facts, measure_step_seconds
@@ -179,9 +180,8 @@ def read_data(cfg: Config, env: Env) -> Data:
     if rank() == 0:
         lock(Path(cfg.out))
     if not any(map(train.labels, labeled)):
-        dropped = train.dropped
-        why = f"; {len(dropped)} annotations are left out, such as: {dropped[0]}" if dropped else ""
-        raise ValueError(f"{train.json_file}: no labeled image has an object{why}")
+        bins = format_bins(train.bins, one_line=True)
+        raise ValueError(f"{train.json_file}: no labeled image has an object; {bins}")
     if is_cityscapes(val):
         official_evaluation()  # raises if cityscapesscripts is not installed
     unlabeled = UnlabeledImages(train, cfg.unlabeled or (), exclude=[train, val])
@@ -314,9 +314,7 @@ def data_warnings(cfg: Config, data: Data) -> Iterator[str]:
     if not val:
         yield f"{cfg.data} has no validation set, so no AP will be shown"
     for dataset in (train, val):
-        if dataset and dataset.dropped:
-            example, number = dataset.dropped[0], len(dataset.dropped)
-            yield f"{dataset.json_file}: {number} annotations are left out, such as: {example}"
+        yield from (f"{dataset.json_file}: {note}" for note in (dataset.notes if dataset else ()))
     count = sum(not train.annotations(image_id) for image_id in train.image_ids)
     if count and unannotated_are_unlabeled(cfg):
         yield (
