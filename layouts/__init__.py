@@ -88,7 +88,9 @@ def load_data(
     def load(source: Source, like=None) -> CocoDataset:
         if source.errors and strict:
             more = f" ({len(source.errors)} problems in all; python -m tools.check_data lists them)"
-            raise DataError(f"{source.errors[0]}{more if len(source.errors) > 1 else ''}")
+            raise DataError(
+                f"{source.image_folder}: {source.errors[0]}{more if len(source.errors) > 1 else ''}"
+            )
         dataset = load_coco(
             source.json_file,
             source.image_folder,

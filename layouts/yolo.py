@@ -28,10 +28,11 @@ def find(folder: Path) -> Found | None:
     classes = read_classes(file, config["names"])
     # The path is often that of another machine, so the folder of the file comes first.
     root = config["path"] if isinstance(config.get("path"), str) else ""
-    base = next((b for b in (folder, folder / root) if list_images(b, root, config["train"])), None)
-    if base is None:
+    for base in (folder, folder / root):
+        if train := list_images(base, root, config["train"]):
+            break
+    else:
         raise DataError(f"cannot read {str(file)!r}: no image where its 'train' is, below {str(folder)!r}")
-    train = list_images(base, root, config["train"])
     val = list_images(base, root, config.get("val", config.get("valid")))
     same = "; val is train, so it is not used" if val == train else ""
     unused = "; test is not used" if config.get("test") else ""
@@ -45,9 +46,8 @@ def read_yaml(file: Path) -> dict:
     DataError for a data.yaml that cannot be parsed."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return (
-            {str(key).lower(): value for key, value in content.items()} if isinstance(content, dict) else {}
-        )
+        keys = content if isinstance(content, dict) else {}
+        return {key.lower(): content[key] for key in keys if isinstance(key, str)}
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         if file.stem != "data":
             return {}
@@ -57,9 +57,10 @@ def read_yaml(file: Path) -> dict:
 def read_classes(file: Path, names) -> dict[int, str]:
     """Return {class: name} of a list or a mapping of names. Raises DataError."""
     classes = dict(enumerate(names)) if isinstance(names, list) else names
-    if not isinstance(classes, dict) or not all(
-        type(k) is int and type(v) in (str, int) for k, v in classes.items()
-    ):
+    is_valid = isinstance(classes, dict) and all(
+        type(number) is int and type(name) in (str, int) for number, name in classes.items()
+    )
+    if not is_valid:
         raise DataError(f"cannot read {str(file)!r}: its names are no list or mapping of class names")
     return {number: str(name) for number, name in classes.items()}
 
