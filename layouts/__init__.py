@@ -102,6 +102,7 @@ def load_data(
             follow_links=follow_links,
         )
         dataset.errors = [*source.errors, *dataset.errors]
+        dataset.notes = [*source.notes, *dataset.notes]
         return dataset
 
     train = load(found.train)
@@ -218,8 +219,8 @@ def hold_out(dataset: CocoDataset, ratio: float) -> tuple[CocoDataset, CocoDatas
         return dataset, None
     train = select_images(dataset, [i for i in dataset.image_ids if i not in held_out])
     val = select_images(dataset, sorted(held_out))
-    # What the validation reports about the file is reported once, with the training set.
-    train.errors, train.dropped, train.notes, val.notes = dataset.errors, dataset.dropped, dataset.notes, []
+    # What the validation found in the file is reported once, with the training set.
+    train.errors, train.notes, train.bins = dataset.errors, dataset.notes, dataset.bins
     share = f"{len(held_out)} of {len(annotated)} annotated images are held out (--val-ratio {ratio:g})"
     train.layout = f"{dataset.layout}; no validation set: {share}"
     return train, val

@@ -1,14 +1,12 @@
 """What the layouts share: what their `find` returns, and how files are looked for."""
 
 import mmap
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
-from data import EXIF_ORIENTATION, IMAGE_FORMATS, IMAGE_SUFFIXES
+from data import IMAGE_SUFFIXES, DataError
+from layouts.image_files import list_files, read_sizes
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 
@@ -19,12 +17,14 @@ class Source(NamedTuple):
     json_file: a file in COCO form, or the file or folder that `content` was converted from.
     image_folder: the folder that the file names of the images start from.
     content: the converted annotations in COCO form, None if json_file has them.
-    errors: a message, with file and line, for each annotation that could not be converted."""
+    errors: a message, with file and line, for each annotation that could not be converted.
+    notes: lines about what else the conversion left out."""
 
     json_file: Path
     image_folder: Path
     content: dict | None = None
     errors: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Found(NamedTuple):
@@ -46,20 +46,9 @@ def split_of(name) -> str:
 
 
 def files_below(folder, suffixes=IMAGE_SUFFIXES) -> list[str]:
-    """Return the sorted paths, relative to a folder, of all files below it with one of these suffixes.
-
-    Links are followed. Hidden files and __MACOSX are left out."""
-    found, visited = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in visited:  # a link may lead back to a parent folder
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = filter(is_visible, folders)
-        names = [name for name in names if name.lower().endswith(suffixes) and is_visible(name)]
-        found += [os.path.relpath(os.path.join(parent, name), folder) for name in names]
-    return sorted(found)
+    """Return the sorted paths, relative to a folder, of all files below it with one of these suffixes."""
+    paths = list_files(str(folder), follow_links=True)
+    return sorted(path for path in paths if path.lower().endswith(suffixes))
 
 
 def is_visible(name: str) -> bool:
@@ -81,13 +70,16 @@ def image_size(path) -> dict[str, int]:
     """Read the size of an image from its header, as annotation tools show it: rotated by its EXIF
     orientation. Returns {"height", "width"}, or {} for a file that is no image."""
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            # Pillow rotates the size of a TIFF itself.
-            is_turned = image.format != "TIFF" and image.getexif().get(EXIF_ORIENTATION) in (5, 6, 7, 8)
-            W, H = image.size[::-1] if is_turned else image.size
-            return {"height": H, "width": W}
-    except Exception:  # Pillow raises many kinds of exceptions for damaged files.
+        (H, W), _ = read_sizes(path)
+        return {"height": H, "width": W}
+    except DataError:
         return {}
+
+
+def note_unreadable(names: list[str]) -> tuple[str, ...]:
+    """Return a note about images that are left out because their size cannot be read, if there are any."""
+    example = printable(names[0]) if names else ""
+    return (f"{len(names)} images cannot be read and are left out, such as {example}",) if names else ()
 
 
 def printable(name) -> str:

@@ -14,7 +14,16 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle_tools
 
-from layouts.files import Found, Source, files_below, has_keys, image_size, printable, split_of
+from layouts.files import (
+    Found,
+    Source,
+    files_below,
+    has_keys,
+    image_size,
+    note_unreadable,
+    printable,
+    split_of,
+)
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26  # of an image whose size is in its JSON file
 CIRCLE_CORNERS = 40
@@ -37,9 +46,10 @@ def find(folder: Path) -> Found | None:
     unused = "; test is not used" if splits.pop("test") else ""
     objects = [shape for names in splits.values() for name in names for shape in shapes.get(name, [])]
     labels = sorted({label for label, _ in objects})
-    contents = [build_content(names, shapes, sizes, labels, folder) for names in splits.values() if names]
-    sources = [Source(folder, folder, content) for content in contents]
-    sources[0] = sources[0]._replace(errors=errors)
+    sources = []
+    for names in filter(None, splits.values()):
+        content, notes = build_content(names, shapes, sizes, labels, folder)
+        sources.append(Source(folder, folder, content, () if sources else errors, notes))
     return Found(f"labelme (a JSON file per image){unused}", *sources)
 
 
@@ -129,15 +139,18 @@ def to_text(rle: dict) -> dict:
     return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
 
 
-def build_content(names: list[str], shapes: dict, sizes: dict, labels: list[str], folder: Path) -> dict:
-    """Build the content of a set in COCO form. Images without a JSON file have no annotation."""
-    ids = {label: number for number, label in enumerate(labels, start=1)}
+def build_content(names: list[str], shapes: dict, sizes: dict, labels: list[str], folder: Path):
+    """Build the content of a set in COCO form, and notes. Images without a JSON file have no annotation."""
+    ids, unreadable = {label: number for number, label in enumerate(labels, start=1)}, []
     content = {"images": [], "annotations": []}
     content["categories"] = [{"id": number, "name": label} for label, number in ids.items()]
     for image_id, name in enumerate(names, start=1):
         size = sizes.get(name) or image_size(folder / name)
+        if not size and (folder / name).is_file():
+            unreadable.append(name)
+            continue
         content["images"].append({"id": image_id, "file_name": name, **size})
         for label, segmentation in shapes.get(name, []):
             annotation = {"image_id": image_id, "category_id": ids[label], "segmentation": segmentation}
             content["annotations"].append({"id": len(content["annotations"]) + 1, **annotation})
-    return content
+    return content, note_unreadable(unreadable)

@@ -50,7 +50,9 @@ def drawn():
 def coco_form(images, name="{}", first_id=1, root=None):
     """Return the content of a JSON file. name: the form of a file name; root: a category without objects."""
     content = {"images": [], "annotations": [], "categories": [root] if root else []}
-    content["categories"] += [{"id": i + 1, "name": n, "supercategory": "x"} for i, n in enumerate(CLASSES)]
+    content["categories"] += [
+        {"id": i + 1, "name": n, "supercategory": "stones"} for i, n in enumerate(CLASSES)
+    ]
     for image_id, (file, image, objects) in enumerate(images, start=first_id):
         size = {"height": image.height, "width": image.width}
         content["images"].append({"id": image_id, "file_name": name.format(file), **size})
@@ -266,7 +268,7 @@ def test_a_dataset_is_the_same_in_every_layout(drawn, expected, tmp_path, export
 def test_an_export_without_splits_is_divided(drawn, expected, tmp_path, export, layout):
     write(tmp_path, export(drawn))
     train, val = load_data(str(tmp_path), val_ratio=0)
-    assert train.layout == layout and val is None and train.notes == []
+    assert train.layout == layout and val is None
     assert train.class_names == CLASSES and read_masks(train) == expected["train"]
     train, val = load_data(str(tmp_path))
     assert {**read_masks(train), **read_masks(val)} == expected["train"]
@@ -469,6 +471,18 @@ def test_huge_numbers_of_a_yolo_file_are_no_mask(drawn, tmp_path):
     assert train.labels(1) == [] and train.labels(2) == [0, 1]
 
 
+@pytest.mark.parametrize("export", [yolo, labelme])
+def test_a_damaged_image_whose_size_only_its_file_has_is_left_out(drawn, tmp_path, export):
+    files = export(drawn)
+    damaged = [next(path for path in files if path.endswith(f"train_{n}.png")) for n in ("000", "006")]
+    write(tmp_path, files | dict.fromkeys(damaged, "hello"))
+    for file in tmp_path.glob("train/train_000.json"):
+        write(tmp_path, {file: json.loads(file.read_text()) | {"imageHeight": None}})
+    train, _ = load_data(str(tmp_path))
+    assert len(train) == 5 and train.bins == {"trained": 10}
+    assert train.notes == [f"2 images cannot be read and are left out, such as {damaged[0]}"]
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
@@ -504,7 +518,8 @@ def test_the_size_of_a_rotated_photo_is_what_annotation_tools_show(tmp_path):
 
 
 def labelme_folder(tmp_path, shapes, **fields):
-    """Write one image of 40 x 60 with labelme's shapes, and load it. Returns {label: [mask]}."""
+    """Write one image of 40 x 60 with labelme's shapes, and load it. Returns {label: [mask]}, and how many
+    annotations ended in which bin."""
     content = labelme_json("a.png", Image.new("RGB", (60, 40)), []) | {"shapes": shapes, **fields}
     write(tmp_path, {"a.png": Image.new("RGB", (60, 40)), "a.json": content})
     train, _ = load_data(str(tmp_path))
@@ -512,7 +527,7 @@ def labelme_folder(tmp_path, shapes, **fields):
     for o, label in zip(train.objects(train.image_ids[0]), train.labels(train.image_ids[0])):
         mask = rle_tools.decode(encode_rle(o["segmentation"], 40, 60)) > 0
         masks.setdefault(train.class_names[label], []).append(mask)
-    return masks
+    return masks, train.bins
 
 
 def square(x, y, side=8):
@@ -532,8 +547,9 @@ def test_shapes_of_labelme_become_masks(tmp_path):
         {"label": "box", "shape_type": "rectangle", "points": [[1, 1], [9, 9]]},
         {"label": "line", "shape_type": "linestrip", "points": [[1, 1], [9, 9], [20, 3]]},
     ]  # fmt: skip
-    masks = labelme_folder(tmp_path, shapes)
+    masks, bins = labelme_folder(tmp_path, shapes)
     assert masks.keys() == {"circle", "brush", "old"}
+    assert bins == {"trained": 3, "boxes only": 1, "unreadable form": 1}
     expected = np.zeros((40, 60), dtype=bool)
     expected[10:16, 40:49] = brush
     assert (masks["brush"][0] == expected).all() and masks["old"][0].sum() == 64
@@ -554,7 +570,7 @@ def test_shapes_of_one_group_are_one_object(tmp_path):
             ("cup", 42, None),
         ]
     ]
-    masks = labelme_folder(tmp_path, shapes)
+    masks, _ = labelme_folder(tmp_path, shapes)
     assert [mask.sum() for mask in masks["cup"]] == [128, 64, 64] and len(masks["lid"]) == 1
 
 
@@ -585,7 +601,8 @@ def test_a_mask_of_labelme_stays_inside_its_image(tmp_path):
 def test_the_image_of_a_labelme_file_never_lies_outside(tmp_path):
     write(tmp_path, {"outside.png": Image.new("RGB", (60, 40))})
     shapes = [{"label": "a", "points": square(2, 2)}]
-    assert labelme_folder(tmp_path / "in", shapes, imagePath="../outside.png")["a"][0].sum() == 64  # of a.png
+    masks, _ = labelme_folder(tmp_path / "in", shapes, imagePath="../outside.png")
+    assert masks["a"][0].sum() == 64  # of a.png, which has the name of the JSON file
 
 
 # ------------------------------------------------------------------------------------------------- hold-out
@@ -646,7 +663,8 @@ def test_what_the_validation_reports_is_reported_once(tmp_path):
     content["annotations"][0]["segmentation"] = []
     write(tmp_path, image_files(images, "images/{}") | {"instances_train.json": content})
     train, val = load_data(str(tmp_path))
-    assert len(train.dropped) == 1 and val.dropped == val.errors == val.notes == []
+    assert train.bins == {"trained": 15, "boxes only": 1} and len(train.notes) == 1
+    assert val.bins == {} and val.notes == val.errors == []
 
 
 def test_selected_images_keep_their_annotations(shapes):
