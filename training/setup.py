@@ -164,9 +164,7 @@ def read_data(cfg: Config, env: Env) -> Data:
     """Read the datasets and choose the labeled images. Rank 0 reads first, as it may have to write files."""
     with rank0_first():
         train, val = load_data(cfg.data, **cfg.data_args)
-    names = train.class_names
-    if val and val.class_names != names:
-        raise ValueError(f"training has the classes {names}, validation {val.class_names}")
+    print_rank0(f"{cfg.data}: {train.layout}")
     candidates = train.image_ids
     if unannotated_are_unlabeled(cfg):
         candidates = [image_id for image_id in train.image_ids if train.annotations(image_id)]
