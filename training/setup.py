@@ -27,6 +27,7 @@ from data import (
 from interop.load import load_any_checkpoint, load_partial
 from layouts import load_data
 from layouts.cityscapes import is_cityscapes, official_evaluation
+from layouts.images import find_unlabeled
 from matcher import SetCriterion
 from model import Mask2Former
 from training.auto import choose_options, fit_steps, measure_facts, measure_step_seconds
@@ -184,8 +185,8 @@ def read_data(cfg: Config, env: Env) -> Data:
         raise ValueError(f"{train.json_file}: no labeled image has an object{why}")
     if is_cityscapes(val):
         official_evaluation()  # raises if cityscapesscripts is not installed
-    unlabeled = UnlabeledImages(train, cfg.unlabeled or (), exclude=[train, val])
-    return Data(cfg, env, train, val, labeled, unlabeled)
+    paths, _, _ = find_unlabeled(cfg.unlabeled or (), train, val)
+    return Data(cfg, env, train, val, labeled, UnlabeledImages(train, paths))
 
 
 def unannotated_are_unlabeled(cfg: Config) -> bool:
