@@ -15,18 +15,15 @@ Shapes: B images of a batch, N objects of one image, H W pixels."""
 
 import atexit
 import contextlib
-import functools
 import hashlib
 import itertools
 import json
 import math
 import multiprocessing
-import os
 import pickle
 import re
 import signal
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +39,8 @@ EXIF_ORIENTATION = 0x0112
 # PostScript (EPS) is missing on purpose: Pillow would run Ghostscript to read it.
 IMAGE_FORMATS = "JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "PPM", "JPEG2000"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".jp2")
+# The first bytes of the placeholder that Git LFS leaves where it did not fetch the content.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class DataError(ValueError):
@@ -75,7 +74,7 @@ class CocoDataset:
         class_names, category_ids: label k is the k-th category in the order of ids, which may have gaps.
         errors, notes, bins: what layouts.validate.load_coco found, empty by default: messages about invalid
             entries; lines about repairs, what is left out and suspicions; {bin: number of annotations}.
-        pixel_range, exif_stored: how `read_image` reads the images; see `inspect_images`."""
+        pixel_range, exif_stored: how `read_image` reads the images; layouts/images.py finds out."""
 
     def __init__(self, json_file, image_folder, content: dict | None = None):
         self.json_file, self.image_folder = Path(json_file), Path(image_folder)
@@ -130,84 +129,34 @@ class CocoDataset:
 
 def _select_keys(annotations: list[dict]) -> list[dict]:
     """Drop the keys that nothing here reads, such as "bbox", and fill in the optional ones."""
+    keys, optional = ("id", "image_id", "category_id", "segmentation"), {"iscrowd": 0, "area": None}
     return [
-        {
-            "id": annotation["id"],
-            "image_id": annotation["image_id"],
-            "category_id": annotation["category_id"],
-            "segmentation": annotation["segmentation"],
-            "iscrowd": annotation.get("iscrowd", 0),
-            "area": annotation.get("area"),
-        }
+        {key: annotation[key] for key in keys}
+        | {key: annotation.get(key, default) for key, default in optional.items()}
         for annotation in annotations
     ]
 
 
 class UnlabeledImages:
-    """Images without labels: those of a dataset, and all image files below some folders.
+    """Images without labels: those of a dataset, and further image files.
 
-    Files that belong to a dataset of `exclude`, and copies of them, do not count as files of the folders:
-    validation images must not enter training under another name. Git LFS pointers are left out too.
-    image_ids: 0, 1, 2, ..., first those of the dataset. Raises DataError for a folder without images.
+    All are read with the pixel range of the dataset. image_ids: 0, 1, 2, ..., first those of the dataset. To
+    choose the files of a folder that are no copies of validation images, see layouts/images.py."""
 
-    Attributes:
-        folder_counts: {folder: number of images that it adds}.
-        notes: messages of one line about files that are left out."""
-
-    def __init__(self, dataset: CocoDataset, folders=(), exclude=()):
-        self.dataset, self.folder_counts, self.notes = dataset, {}, []
-        excluded = {  # {real path: "training" or "validation"}
-            os.path.realpath(other.path(i)): "training" if other is dataset else "validation"
-            for other in exclude
-            if other and folders
-            for i in other.image_ids
-        }
-        files = {}
-        for folder in map(str, folders):
-            if not Path(folder).is_dir():
-                raise DataError(f"cannot read unlabeled images: no folder {folder!r}")
-            files[folder] = [path for path in list_image_files(folder) if path not in excluded]
-        paths = list(dict.fromkeys(itertools.chain(*files.values())))
-        unwanted = {
-            path: "Git LFS pointers; run `git lfs pull` to get the images"
-            for path, is_pointer in zip(paths, _map_in_threads(is_lfs_pointer, paths))
-            if is_pointer
-        }
-        copies = find_copies([path for path in paths if path not in unwanted], excluded)
-        unwanted |= {path: f"copies of {excluded[original]} images" for path, original in copies.items()}
-        for reason in sorted(set(unwanted.values())):
-            left_out = [path for path in paths if unwanted.get(path) == reason]
-            self.notes.append(
-                f"{len(left_out)} unlabeled files (such as {left_out[0]!r}) are left out: {reason}"
-            )
-        added = {}
-        for folder in files:
-            new = [path for path in files[folder] if path not in unwanted]
-            if not new:
-                why = "".join(f"; {note}" for note in self.notes)
-                raise DataError(f"cannot read unlabeled images: no further image below {folder!r}{why}")
-            before = len(added)
-            added |= dict.fromkeys(new)
-            self.folder_counts[folder] = len(added) - before
-        self._paths = SerializedList(added)
+    def __init__(self, dataset: CocoDataset, paths=()):
+        self.dataset, self._paths = dataset, SerializedList(paths)
         self.image_ids = range(len(dataset) + len(self._paths))
 
-    @property
-    def pixel_range(self) -> tuple[float, float] | None:
-        """The range of the dataset. All images of the pool are read with it."""
-        return self.dataset.pixel_range
-
     def image(self, image_id) -> Image.Image:
-        if image_id < len(self.dataset):
-            return self.dataset.image(self.dataset.image_ids[image_id])
-        return read_image(self.path(image_id), pixel_range=self.pixel_range)
+        exif_stored = self.dataset.exif_stored
+        return read_image(self.path(image_id), self.size(image_id), self.dataset.pixel_range, exif_stored)
 
     def path(self, image_id):
         index = image_id - len(self.dataset)
         return self._paths[index] if index >= 0 else self.dataset.path(self.dataset.image_ids[image_id])
 
     def size(self, image_id) -> tuple[int, int] | None:
-        """Return (H, W) as the annotations have it, None for a file of a folder."""
+        """Return (H, W) as the annotations have it, None for a further file."""
         in_dataset = image_id < len(self.dataset)
         return self.dataset.size(self.dataset.image_ids[image_id]) if in_dataset else None
 
@@ -231,83 +180,11 @@ class SerializedList:
         return pickle.loads(self.bytes[start : self.ends[index]].tobytes())
 
 
-def list_image_files(folder) -> list[str]:
-    """Return the sorted real paths of all image files below a folder. Links are followed.
-
-    Names that begin with a dot and folders __MACOSX are skipped: they are the notes of other programs."""
-    paths, visited, folders = set(), set(), [os.path.realpath(folder)]
-    while folders:
-        parent = folders.pop()
-        if parent in visited:  # a link may lead back to a parent folder
-            continue
-        visited.add(parent)
-        with os.scandir(parent) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name == "__MACOSX":
-                    continue
-                path = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
-                if entry.is_dir():
-                    folders.append(path)
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    paths.add(path)
-    return sorted(paths)
-
-
-def find_copies(paths, originals) -> dict[str, str]:
-    """Find the files with the same content as one of the `originals`. Returns {file: original}.
-
-    Most files are not read: they differ in their size, or else in the 4 KB in their middle."""
-    paths, originals = list(paths), list(originals)
-    for part in ("size", "middle", "all"):
-        key = functools.partial(_file_key, part=part)
-        keys, original_keys = (dict(zip(files, _map_in_threads(key, files))) for files in (paths, originals))
-        shared = (set(keys.values()) & set(original_keys.values())) - {None}
-        paths = [path for path in paths if keys[path] in shared]
-        originals = [path for path in originals if original_keys[path] in shared]
-    by_key = {original_keys[path]: path for path in originals}
-    return {path: by_key[keys[path]] for path in paths}
-
-
-def _file_key(path, part: str):
-    """Return the size of a file, or a hash of its middle or of all of it. None: empty or not readable."""
-    try:
-        size = os.path.getsize(path)
-        if part == "size" or not size:
-            return size or None
-        with open(path, "rb", buffering=0) as file:
-            if part == "middle":
-                file.seek(size // 2)
-                return hashlib.blake2b(file.read(4096), digest_size=16).digest()
-            digest = hashlib.blake2b()
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-            return digest.digest()
-    except OSError:
-        return None
-
-
-def _map_in_threads(function, items) -> list:
-    """Return the results of a function that mostly waits for the disk, in order."""
-    parts = [items[start : start + 100] for start in range(0, len(items), 100)]
-    with ThreadPoolExecutor(16) as threads:
-        results = threads.map(lambda part: [function(item) for item in part], parts)
-        return list(itertools.chain.from_iterable(results))
-
-
-def _sample(items, number: int) -> list:
-    """Return at most so many items, at even distances."""
-    number = min(number, len(items))
-    return [items[place * len(items) // number] for place in range(number)]
-
-
 # --------------------------------------------------------------------------------------------------- images
 
 
 def read_image(
-    path,
-    size: tuple[int, int] | None = None,
-    pixel_range: tuple[float, float] | None = None,
-    exif_stored: bool = False,
+    path, size: tuple[int, int] | None = None, pixel_range: tuple | None = None, exif_stored: bool = False
 ) -> Image.Image:
     """Read an image file of any mode as RGB: its first page, without transparency and extra channels.
 
@@ -315,21 +192,21 @@ def read_image(
     (H, W) of the annotations. Pillow always applies that of a TIFF if it swaps height and width.
 
     Args:
-        pixel_range: (low, high), the values that become 0 and 255 in images of more than 8 bits; see
-            `measure_pixel_range`. By default (0, 65535), for unsigned 16-bit images only.
+        pixel_range: two floats, the values that become 0 and 255 in images of more than 8 bits. By default
+            0 and 65535, for unsigned 16-bit images only.
         exif_stored: do not apply the EXIF orientation if the stored and the turned pixels have the size.
 
     Raises DataError for a file that cannot be read, has another size, or has floating-point or signed pixels
     and no pixel_range is given."""
-    with _open_image(path) as image:
+    with open_image(path) as image:
         if image.format == "PNG":
             image.load()  # Its EXIF may follow the pixels.
-        fit = _find_orientation(image, path, size)
+        fit = find_orientation(image, path, size)
         if fit == "stored" or (fit == "both" and exif_stored):
             image.getexif().pop(EXIF_ORIENTATION)  # before `load`, which turns a TIFF
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        if _is_deep(image):
+        if is_deep(image):
             values = np.asarray(image).astype(np.float32)
             if pixel_range is None and (image.mode == "F" or values.min() < 0 or values.max() > 65535):
                 kind = "floating-point" if image.mode == "F" else "signed or 32-bit"
@@ -342,7 +219,7 @@ def read_image(
 
 
 @contextlib.contextmanager
-def _open_image(path):
+def open_image(path):
     """Open an image file. Turns all errors of the block into a DataError that names the file."""
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
@@ -352,176 +229,52 @@ def _open_image(path):
     except DataError:
         raise
     except Exception as error:  # Pillow raises many kinds of exceptions for damaged files.
-        problem = _find_problem(path) if isinstance(error, UnidentifiedImageError) else ""
+        problem = isinstance(error, UnidentifiedImageError) and _find_problem(path)
         problem = problem or error or type(error).__name__
         raise DataError(f"cannot read image {str(path)!r}: {problem}") from None
 
 
 def _find_problem(path) -> str:
     """Return why Pillow does not identify a file as an image, and what to do, or ""."""
-    if is_lfs_pointer(path):
-        return "it is a Git LFS pointer; run `git lfs pull` to get the image"
-    try:
-        with open(path, "rb") as file:
-            header = file.read(8)
-            if not header:
-                return "the file is empty"
-            header += file.read(8) if header[2:3] == b"\x2b" else b""  # BigTIFF
-            tags = TiffImagePlugin.ImageFileDirectory_v2(header)
-            file.seek(tags.next)
-            tags.load(file)
-        bits, bands = max(tags[TiffImagePlugin.BITSPERSAMPLE]), tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
-        if (bands, bits) in ((1, 8), (1, 16), (3, 8), (4, 8)):  # Something else is wrong with it.
-            return ""
-        return f"it is a TIFF of {bands} bands of {bits} bits; convert it to gray or RGB of 8 bits"
-    except Exception:  # It is no TIFF, or a damaged one.
-        return ""
+    with contextlib.suppress(Exception), open(path, "rb") as file:
+        header = file.read(40)
+        if not header:
+            return "the file is empty"
+        if header.startswith(LFS_POINTER):
+            return "it is a Git LFS pointer; run `git lfs pull` to get the image"
+        # It raises if this is no TIFF, or a damaged one. 43 is for BigTIFF.
+        tags = TiffImagePlugin.ImageFileDirectory_v2(header[: 16 if header[2] == 43 else 8])
+        file.seek(tags.next)
+        tags.load(file)
+        bands, bits = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1), max(tags[TiffImagePlugin.BITSPERSAMPLE])
+        if (bands, bits) not in ((1, 8), (1, 16), (3, 8), (4, 8)):  # Pillow reads these.
+            return f"it is a TIFF of {bands} bands of {bits} bits; convert it to gray or RGB of 8 bits"
+    return ""
 
 
-def is_lfs_pointer(path) -> bool:
-    """Return whether a file is the placeholder that Git LFS leaves where it did not fetch the content."""
-    try:
-        if os.path.getsize(path) >= 1024:
-            return False
-        with open(path, "rb") as file:
-            return file.read(40).startswith(b"version https://git-lfs.github.com/spec/")
-    except OSError:
-        return False
-
-
-def _is_deep(image: Image.Image) -> bool:
+def is_deep(image: Image.Image) -> bool:
     """Return whether an image has one channel of more than 8 bits."""
     return image.mode == "F" or image.mode.startswith("I")
 
 
-def _find_orientation(image: Image.Image, path, size: tuple[int, int] | None) -> str:
-    """Find out whether the annotations, of a given size (H, W), are for the "stored" pixels or for those
-    "turned" by the EXIF orientation, or whether "both" have the size. "": there is no orientation.
-
-    Raises DataError for an image that cannot be read at this size."""
+def find_orientation(image: Image.Image, path, size: tuple[int, int] | None) -> str:
+    """Return "stored" or "turned" if only the stored pixels, or those turned by the EXIF orientation, have
+    the `size` (H, W) of the annotations, "both" if both have it, "turned" without a size, "" without an
+    orientation. Raises DataError for an image that cannot be read at this size."""
     orientation = Image.Image.getexif(image).get(EXIF_ORIENTATION)  # PngImageFile's would load the pixels.
     stored = turned = image.height, image.width
-    if orientation in (5, 6, 7, 8) and image.format != "TIFF":
-        turned = stored[::-1]
-    elif orientation in (5, 6, 7, 8):  # Pillow gives the turned size, and cannot read the stored pixels.
-        stored = None
+    if orientation in (5, 6, 7, 8):
+        # Pillow gives the turned size of a TIFF, and cannot read its stored pixels.
+        stored, turned = (None, turned) if image.format == "TIFF" else (stored, stored[::-1])
     if size not in (None, stored, turned):
         found, expected = f"{turned[0]} x {turned[1]}", f"{size[0]} x {size[1]}"
         problem = f"it is {found}, its annotations are for {expected} (height x width)"
         raise DataError(f"cannot use image {str(path)!r}: {problem}")
     if orientation not in range(2, 9):
         return ""
-    if stored == turned == size:
-        return "both"
-    return "stored" if stored and stored == size else "turned"
-
-
-def measure_pixel_range(paths, max_images: int = 200) -> tuple[float, float] | None:
-    """Measure the range of values of a set of images, for `read_image`. Returns None if all have 8 bits.
-
-    Unsigned values: from 0 to the highest one, rounded up to the 8, 10, 12, 14 or 16 bits of a camera. The
-    highest 0.01 % of each image do not count, as pixels of a sensor may be defective. Floating-point values
-    within [0, 1]: from 0 to 1. Others: from percentile 0.1 to 99.9. At most max_images are read, at even
-    distances."""
-    values = [part for part in _map_in_threads(_read_deep_values, _sample(paths, max_images)) if len(part)]
-    if not values:
-        return None
-    floating, lowest = any(part.dtype.kind == "f" for part in values), min(part.min() for part in values)
-    if floating and lowest >= 0 and max(part.max() for part in values) <= 1:
-        return 0.0, 1.0
-    highest = max(np.percentile(part, 99.99, method="lower") for part in values)
-    if not floating and lowest >= 0 and highest < 2**16:
-        return 0.0, float(next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if highest < 2**bits))
-    low, high = np.percentile(np.concatenate(values), (0.1, 99.9)).tolist()
-    return low, high if high > low else low + 1
-
-
-def _read_deep_values(path) -> np.ndarray:
-    """Return about 100,000 finite values of an image, none if it has 8 bits or cannot be read."""
-    try:
-        with _open_image(path) as image:
-            values = np.asarray(image).ravel() if _is_deep(image) else np.empty(0)
-    except DataError:
-        return np.empty(0)
-    values = values[:: 1 + len(values) // 100_000]
-    return values[np.isfinite(values)]
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What the headers of images show before training.
-
-    Attributes:
-        pixel_range: as `measure_pixel_range` returns it, for CocoDataset.pixel_range.
-        exif_stored: the annotations are for the stored pixels, for CocoDataset.exif_stored.
-        notes: messages of one line about images that are not read as a whole, or perhaps turned wrongly.
-        unreadable: one message for each image that cannot be read."""
-
-    pixel_range: tuple[float, float] | None
-    exif_stored: bool
-    notes: list[str]
-    unreadable: list[str]
-
-
-def inspect_images(
-    dataset: CocoDataset | UnlabeledImages, image_ids=None, max_images: int = 5000
-) -> Inspection:
-    """Read the headers of a dataset's images, or of those in `image_ids`: of at most max_images, at even
-    distances, and the pixels of some of more than 8 bits.
-
-    Where the EXIF orientation swaps height and width, the size tells which pixels the annotations are for.
-    If they are for the stored pixels in all of these images, exif_stored assumes so for the others too."""
-    all_ids = dataset.image_ids if image_ids is None else image_ids
-    ids = _sample(all_ids, max_images)
-    headers = _map_in_threads(
-        lambda image_id: _inspect_header(dataset.path(image_id), dataset.size(image_id)), ids
-    )
-    paths = {}  # {property: paths of the images that have it}
-    for image_id, (_, properties) in zip(ids, headers):
-        for name in properties:
-            paths.setdefault(name, []).append(dataset.path(image_id))
-    problems = {
-        "channels": "have extra channels; only the first three (in gray images one) are read",
-        "pages": "have several pages; only the first one is read",
-        "deep colors": "have 16 bits per color; only the upper 8 are read, so convert images that look dark",
-    }
-    if ("stored" in paths) == ("turned" in paths):
-        problems["both"] = (
-            "have an EXIF orientation that their size does not decide, and are turned by it; if masks do not "
-            "lie on their objects, remove the tag"
-        )
-    sampled = f" of {len(ids)} sampled" if len(ids) < len(all_ids) else ""
-    notes = [
-        f"{len(paths[name])}{sampled} images (such as {str(paths[name][0])!r}) {problem}"
-        for name, problem in problems.items()
-        if name in paths
-    ]
-    return Inspection(
-        measure_pixel_range(paths.get("deep", [])),
-        "stored" in paths and "turned" not in paths,
-        notes,
-        [error for error, _ in headers if error],
-    )
-
-
-def _inspect_header(path, size) -> tuple[str, list[str]]:
-    """Return an error or "", and the properties of an image that `inspect_images` counts."""
-    try:
-        with _open_image(path) as image:
-            tags = getattr(image, "tag_v2", {})  # of a TIFF
-            colors = {2: 3, 5: 4, 6: 3, 8: 3}.get(tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION), 1)
-            alpha = sum(kind in (1, 2) for kind in tags.get(TiffImagePlugin.EXTRASAMPLES, ()))
-            properties = {
-                "deep": _is_deep(image),
-                "deep colors": not _is_deep(image) and ";16" in str(image.tile),
-                "channels": tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1) > colors + alpha,
-                # The other pictures of a phone's MPO are previews and depth maps.
-                "pages": getattr(image, "is_animated", False) and image.format != "MPO",
-            }
-            found = [name for name, is_there in properties.items() if is_there]
-            return "", [*found, _find_orientation(image, path, size)]
-    except DataError as error:
-        return str(error), []
+    if size is None or size != stored:
+        return "turned"
+    return "both" if stored == turned else "stored"
 
 
 # ----------------------------------------------------------------------------------------------------- masks
@@ -581,7 +334,8 @@ def split_from_file(file, dataset: CocoDataset) -> list:
     A line is the file name or its last part, with or without its suffix, or the image id. The names of
     Cityscapes' *_gtFine_instanceIds.png also select their images. An exact match wins over the others.
 
-    Raises DataError for a file that cannot be read, and for a line that matches no image, or several."""
+    Raises DataError for a file that cannot be read or has JSON, and for a line that matches no image, or
+    several."""
 
     def stem(name):
         return re.sub(r"(_leftImg8bit|_gtFine_\w+)?\.\w+$", "", name)
@@ -593,16 +347,19 @@ def split_from_file(file, dataset: CocoDataset) -> list:
         for table, key in zip(tables, (name, last, stem(name), stem(last), str(image_id))):
             table.setdefault(key, []).append(image_id)
     try:
-        lines = Path(file).read_text(encoding="utf-8").split("\n")
+        text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the labeled list {str(file)!r}: {error}") from None
     split = set()
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         line = line.strip()
         if not line:
             continue
         keys = line, stem(line), stem(Path(line).name)
         matches = next((table[key] for key in keys for table in tables if key in table), [])
+        if not matches and text.lstrip().startswith(("{", "[")):
+            advice = "write one image per line (a file name or an id)"
+            raise DataError(f"the labeled list {str(file)!r} is a JSON file; {advice}")
         if len(matches) != 1:
             raise DataError(f"{file}, line {number}: {line!r} matches {len(matches)} images, not one"[:500])
         split.update(matches)
@@ -807,12 +564,7 @@ class AugmentedDataset(Dataset):
       shows."""
 
     def __init__(
-        self,
-        dataset: CocoDataset | UnlabeledImages,
-        augmentation: Augmentation,
-        *,
-        labels: bool = True,
-        strong: bool = False,
+        self, dataset: CocoDataset | UnlabeledImages, augmentation: Augmentation, *, labels=True, strong=False
     ):
         self.dataset, self.augmentation = dataset, augmentation
         self.with_labels, self.with_strong = labels, strong

@@ -39,6 +39,7 @@ from data import (
     encode_rle,
     strong_view,
 )
+from layouts.images import find_unlabeled
 
 SIZE, NUM_OBJECTS = (480, 640), 7
 
@@ -153,8 +154,8 @@ def detectron2_order(dataset, augmentation):
 
 
 def measure_many_files(number: int) -> None:
-    """Print the time and memory that UnlabeledImages needs to list so many files, and the time until the
-    first batch of keys."""
+    """Print the time and memory that it takes to list so many unlabeled files, and the time until the first
+    batch of keys."""
     with tempfile.TemporaryDirectory() as folder:
         dataset = write_images(Path(folder), 1)
         for n in range(number):
@@ -162,7 +163,8 @@ def measure_many_files(number: int) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.touch()
         start = time.perf_counter()
-        unlabeled = UnlabeledImages(dataset, [Path(folder) / "files"])
+        paths, _, _ = find_unlabeled([Path(folder) / "files"], dataset, None)
+        unlabeled = UnlabeledImages(dataset, paths)
         listed = time.perf_counter() - start
         arrays = sum(array.nbytes for array in vars(unlabeled._paths).values()) / 2**20
         start = time.perf_counter()

@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import list_image_files, read_image, shortest_edge_size, to_tensor
+from data import read_image, shortest_edge_size, to_tensor
 from evaluate import instances
+from layouts.images import list_image_files
 from model import Mask2Former
 from tools.export import write_programs
 from training.config import PRESETS

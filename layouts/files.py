@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data import IMAGE_SUFFIXES, DataError
-from layouts.image_files import list_files, read_sizes
+from layouts.file_names import list_files, read_sizes
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 

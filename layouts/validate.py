@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from data import CocoDataset, DataError
-from layouts.image_files import (
+from layouts.file_names import (
     UnreadableError,
     file_identities,
     find_files,

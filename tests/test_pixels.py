@@ -1,4 +1,5 @@
-"""Tests of how data.py reads pixels (depth, channels, pages, EXIF), and which files of a folder it takes."""
+"""Tests of how pixels are read (depth, channels, pages, EXIF) and images inspected, and which files of a
+folder are unlabeled images."""
 
 import io
 import json
@@ -8,17 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-import data
-from data import (
-    EXIF_ORIENTATION,
-    CocoDataset,
-    DataError,
-    UnlabeledImages,
+from data import EXIF_ORIENTATION, CocoDataset, DataError, UnlabeledImages, read_image
+from layouts import images
+from layouts.images import (
     find_copies,
+    find_unlabeled,
     inspect_images,
     list_image_files,
     measure_pixel_range,
-    read_image,
 )
 
 H, W = 12, 20
@@ -154,8 +152,8 @@ def test_images_of_8_bits_have_no_range_and_are_not_scaled(tmp_path):
 
 def test_only_a_sample_at_even_distances_is_opened(tmp_path, monkeypatch):
     path = save(gray(), tmp_path / "a.png")
-    opened, open_image = [], data._open_image
-    monkeypatch.setattr(data, "_open_image", lambda number: opened.append(number) or open_image(path))
+    opened, open_image = [], images.open_image
+    monkeypatch.setattr(images, "open_image", lambda number: opened.append(number) or open_image(path))
     assert measure_pixel_range(range(100_000), max_images=50) is None
     assert sorted(opened) == list(range(0, 100_000, 2000))
 
@@ -163,12 +161,13 @@ def test_only_a_sample_at_even_distances_is_opened(tmp_path, monkeypatch):
 def test_all_images_of_a_pool_are_read_with_the_range_of_the_dataset(tmp_path):
     labeled = save(gray(0, 4000, np.uint16), tmp_path / "a.png")
     pixels = gray(0, 1000, np.uint16)
-    save(pixels, tmp_path / "more" / "b.png")
+    further = save(pixels, tmp_path / "more" / "b.png")
     dataset = write_dataset(tmp_path, {labeled: (H, W)})
-    pool = UnlabeledImages(dataset, [tmp_path / "more"])
-    assert dataset.pixel_range is None and pool.pixel_range is None
+    pool = UnlabeledImages(dataset, [further])
+    assert dataset.pixel_range is None
+    assert np.array_equal(np.asarray(pool.image(1))[..., 0], (pixels / 257).round())
     dataset.pixel_range = inspect_images(dataset).pixel_range
-    assert dataset.pixel_range == pool.pixel_range == (0.0, 4095.0)
+    assert dataset.pixel_range == (0.0, 4095.0)
     assert pool.image(0) == dataset.image(0) == read_image(labeled, pixel_range=(0.0, 4095.0))
     assert np.array_equal(np.asarray(pool.image(1))[..., 0], (pixels * (255 / 4095)).round())
 
@@ -215,7 +214,7 @@ def test_there_are_no_notes_about_alpha_and_usual_modes(tmp_path):
             image.convert(mode).save(paths[-1])
     image.save(tmp_path / "a.jpg")
     found = inspect_images(write_dataset(tmp_path, dict.fromkeys([*paths, tmp_path / "a.jpg"], (H, W))))
-    assert found == data.Inspection(pixel_range=None, exif_stored=False, notes=[], unreadable=[])
+    assert found == images.Inspection(pixel_range=None, exif_stored=False, notes=[], unreadable=[])
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow warns about the damage
@@ -351,12 +350,12 @@ def test_copies_of_labeled_and_validation_images_are_left_out_and_counted(tmp_pa
     for name in ("x/new.png", "y/new.png", "y/new too.png"):
         save(gray(seed=9), tmp_path / name)
     (tmp_path / "y" / "same size.png").write_bytes(same_size)
-    pool = UnlabeledImages(train, [tmp_path / "x", tmp_path / "y"], exclude=[train, val])
-    names = [os.path.relpath(pool.path(i), tmp_path) for i in pool.image_ids[1:]]
+    paths, counts, notes = find_unlabeled([tmp_path / "x", tmp_path / "y"], train, val)
+    names = [os.path.relpath(path, tmp_path) for path in paths]
     assert names == ["x/new.png", "y/new too.png", "y/new.png", "y/same size.png"]
-    assert pool.folder_counts == {str(tmp_path / "x"): 1, str(tmp_path / "y"): 3}
+    assert counts == {str(tmp_path / "x"): 1, str(tmp_path / "y"): 3}
     examples = str(tmp_path / "y" / "fourth.png"), str(tmp_path / "x" / "again.png")
-    assert pool.notes == [
+    assert notes == [
         f"1 unlabeled files (such as {examples[0]!r}) are left out: copies of training images",
         f"3 unlabeled files (such as {examples[1]!r}) are left out: copies of validation images",
     ]
@@ -364,13 +363,14 @@ def test_copies_of_labeled_and_validation_images_are_left_out_and_counted(tmp_pa
     with pytest.raises(
         DataError, match="no further image below '.*x'; .*3 unlabeled files .* are left out: copies of val"
     ):
-        UnlabeledImages(train, [tmp_path / "x", tmp_path / "y"], exclude=[train, val])
+        find_unlabeled([tmp_path / "x", tmp_path / "y"], train, val)
 
 
-def test_a_pool_without_folders_reads_no_file(split, monkeypatch):
-    monkeypatch.setattr(data, "_file_key", lambda path, part: pytest.fail(f"{path} is read"))
-    pool = UnlabeledImages(split[0], exclude=split)
-    assert len(pool.image_ids) == 1 and pool.notes == [] and pool.folder_counts == {}
+def test_without_folders_no_file_is_read(split, monkeypatch):
+    monkeypatch.setattr(images, "_file_key", lambda path, part: pytest.fail(f"{path} is read"))
+    assert find_unlabeled([], *split) == ([], {}, [])
+    pool = UnlabeledImages(split[0])
+    assert list(pool.image_ids) == [0] and pool.path(0) == split[0].path(0)
 
 
 def test_only_files_of_equal_size_and_middle_are_read_whole(tmp_path, monkeypatch):
@@ -383,9 +383,9 @@ def test_only_files_of_equal_size_and_middle_are_read_whole(tmp_path, monkeypatc
     contents |= {"e": b"y" + b"x" * 19_999, "empty": b"", "void": b""}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    keys, file_key = [], data._file_key
+    keys, file_key = [], images._file_key
     monkeypatch.setattr(
-        data, "_file_key", lambda path, part: keys.append((path.name, part)) or file_key(path, part)
+        images, "_file_key", lambda path, part: keys.append((path.name, part)) or file_key(path, part)
     )
     files = [tmp_path / name for name in ("b", "c", "d", "e", "empty", "gone")]
     copies = find_copies(files, [tmp_path / "a", tmp_path / "void", tmp_path / "missing"])
@@ -404,12 +404,12 @@ def test_git_lfs_pointers_are_named_and_left_out_of_a_pool(tmp_path, split):
     with pytest.raises(
         DataError, match="no further image below '.*more'; 2 unlabeled files .* are left out: Git LFS"
     ):
-        UnlabeledImages(split[0], [tmp_path / "more"])
-    save(gray(), tmp_path / "more" / "c.png")
-    pool = UnlabeledImages(split[0], [tmp_path / "more"])
-    assert [os.path.basename(pool.path(i)) for i in pool.image_ids] == ["train.png", "c.png"]
+        find_unlabeled([tmp_path / "more"], split[0], None)
+    save(gray(seed=9), tmp_path / "more" / "c.png")
+    paths, _, notes = find_unlabeled([tmp_path / "more"], split[0], None)
+    assert paths == [os.path.realpath(tmp_path / "more" / "c.png")]
     example = str(tmp_path / "more" / "a.tif")
-    assert pool.notes == [
+    assert notes == [
         f"2 unlabeled files (such as {example!r}) are left out: Git LFS pointers; run `git lfs pull` to get "
         "the images"
     ]

@@ -29,6 +29,7 @@ from data import (
     split_from_file,
 )
 from layouts import load_data, validate
+from layouts.images import find_unlabeled
 from layouts.validate import load_coco
 
 H, W = 12, 20
@@ -565,7 +566,9 @@ def test_unlabeled_images_are_those_of_the_data_set_and_of_the_folders(folder):
     for name in ("more/b.png", "more/deep/C.PNG", "more/deep/d.jpg", "more/e.gif", "more/f.jp2"):
         Image.fromarray(marked()).save(folder / name)
     (folder / "more" / "notes.txt").write_text("no image")
-    unlabeled = UnlabeledImages(dataset, [folder / "more"])
+    paths, counts, notes = find_unlabeled([folder / "more"], dataset, None)
+    assert counts == {str(folder / "more"): 5} and notes == []
+    unlabeled = UnlabeledImages(dataset, paths)
     names = [os.path.basename(unlabeled.path(i)) for i in unlabeled.image_ids]
     assert names == ["a.png", "b.png", "C.PNG", "d.jpg", "e.gif", "f.jp2"]
     assert [unlabeled.size(i) for i in unlabeled.image_ids] == [(H, W)] + 5 * [None]
@@ -574,16 +577,16 @@ def test_unlabeled_images_are_those_of_the_data_set_and_of_the_folders(folder):
     assert all(set(views[i, 0]) == {"image", "file", "strong"} for i in unlabeled.image_ids)
 
 
-def test_images_of_excluded_data_sets_are_not_added_from_folders(folder):
+def test_images_of_the_data_set_are_not_added_from_folders(folder):
     Image.fromarray(marked()).save(folder / "images" / "b.png")
     dataset = read(folder, content())
-    unlabeled = UnlabeledImages(dataset, [folder / "images"], exclude=[dataset, None])
-    assert len(unlabeled.image_ids) == 2
+    paths, _, _ = find_unlabeled([folder / "images"], dataset, None)
+    assert paths == [os.path.realpath(folder / "images" / "b.png")]
     (folder / "images" / "b.png").unlink()
     with pytest.raises(DataError, match="no further image below"):
-        UnlabeledImages(dataset, [folder / "images"], exclude=[dataset])
+        find_unlabeled([folder / "images"], dataset, None)
     with pytest.raises(DataError, match="cannot read unlabeled images: no folder '.*nowhere'"):
-        UnlabeledImages(dataset, [folder / "nowhere"])
+        find_unlabeled([folder / "nowhere"], dataset, None)
 
 
 def test_links_are_followed_and_no_image_is_added_twice(folder):
@@ -595,10 +598,10 @@ def test_links_are_followed_and_no_image_is_added_twice(folder):
     (folder / "farm" / "known.png").symlink_to(folder / "images" / "a.png")
     (folder / "farm" / "deep" / "else").symlink_to(folder / "else")
     (folder / "farm" / "deep" / "loop").symlink_to(folder / "farm")
-    unlabeled = UnlabeledImages(
-        dataset, [folder / "farm", folder / "else", folder / "farm"], exclude=[dataset]
-    )
-    assert [os.path.basename(unlabeled.path(i)) for i in unlabeled.image_ids] == ["a.png", "b.png"]
+    folders = [folder / "farm", folder / "else", folder / "farm"]
+    paths, counts, _ = find_unlabeled(folders, dataset, None)
+    assert paths == [os.path.realpath(folder / "else" / "b.png")]
+    assert counts == {str(folder / "farm"): 1, str(folder / "else"): 0}
 
 
 def test_a_serialized_list_equals_the_list():
@@ -632,6 +635,7 @@ def cities(tmp_path):
         ("ulm_000003_000019\n11\n", [11, 13]),
         ("a/x.png\nother/ulm", [14, 15]),
         ("ulm.png\nulm.png\n", [14]),
+        ("\ufeffa/x.png\n", [15]),
     ],
 )
 def test_a_labeled_list_is_read_by_names_or_ids(cities, tmp_path, text, expected):
@@ -640,8 +644,8 @@ def test_a_labeled_list_is_read_by_names_or_ids(cities, tmp_path, text, expected
 
 
 def test_an_exact_match_wins_over_looser_ones(tmp_path):
-    """The names are numbers, differ in their suffix only, or contain a dot."""
-    names = ["0.png", "1.png", "2.png", "c.jpg", "c.png", "a.b.png"]
+    """The names are numbers, differ in their suffix only, contain a dot, or begin like JSON."""
+    names = ["0.png", "1.png", "2.png", "c.jpg", "c.png", "a.b.png", "[1].png"]
     for name in names:
         Image.fromarray(marked()).save(tmp_path / name)
     images = [{"id": i, "file_name": n, "height": H, "width": W} for i, n in enumerate(names, start=1)]
@@ -655,9 +659,15 @@ def test_an_exact_match_wins_over_looser_ones(tmp_path):
         ("c.jpg", 4),
         ("a.b", 6),
         ("1.jpg", 2),
+        ("[1].png", 7),
     ):
         (tmp_path / "split.txt").write_text(line)
         assert split_from_file(tmp_path / "split.txt", dataset) == [number]
+
+
+JSON_LIST = (
+    r"^the labeled list '.*split\.txt' is a JSON file; write one image per line \(a file name or an id\)$"
+)
 
 
 @pytest.mark.parametrize(
@@ -667,6 +677,9 @@ def test_an_exact_match_wins_over_looser_ones(tmp_path):
         ("x.png", "line 1: 'x.png' matches 2 images, not one"),
         ("\n \n", "is empty; write one image per line"),
         (b"\xff\xfe", "cannot read the labeled list"),
+        ('["ulm.png"]', JSON_LIST),
+        ("\n [\n  15,\n  16\n]\n", JSON_LIST),
+        ('\ufeff{"images": []}', JSON_LIST),
     ],
 )
 def test_a_line_that_matches_no_image_or_several_is_refused(cities, tmp_path, text, message):

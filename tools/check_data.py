@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from data import CocoDataset, DataError, UnlabeledImages, encode_rle, labeled_split, split_from_file
 from layouts import load_data
+from layouts.images import find_unlabeled
 from training.cli import Parser, add_data_flags, data_args, expected_errors
 from training.visualize import draw_instances
 
@@ -78,7 +79,8 @@ def check_all(train: CocoDataset, val: CocoDataset | None, args) -> tuple[list[s
         errors.append(f"training has the classes {train.class_names}, validation {val.class_names}")
     try:
         warnings += check_split(train, args)
-        errors += check_unlabeled(UnlabeledImages(train, args.unlabeled, exclude=[train, val]))
+        paths, _, _ = find_unlabeled(args.unlabeled, train, val)
+        errors += check_unlabeled(UnlabeledImages(train, paths))
     except ValueError as error:
         errors.append(str(error))
     return errors, warnings

@@ -24,7 +24,7 @@ from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
 from burnin import full_res_masks, mask_nms, pseudo_labels
-from data import DataError, list_image_files, read_image, to_tensor
+from data import DataError, read_image, to_tensor
 from evaluate import (
     add_model_arguments,
     coco_results,
@@ -34,6 +34,7 @@ from evaluate import (
     validation_set,
 )
 from interop.load import load_any_checkpoint
+from layouts.images import list_image_files
 from model import resize
 from training.checkpoint import check_classes, load_model
 from training.cli import Parser, add_data_flags, data_args, expected_errors, format_value

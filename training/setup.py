@@ -27,6 +27,7 @@ from data import (
 from interop.load import load_any_checkpoint, load_partial
 from layouts import load_data
 from layouts.cityscapes import is_cityscapes, official_evaluation
+from layouts.images import find_unlabeled, inspect_images
 from layouts.validate import format_bins
 from matcher import SetCriterion
 from model import Mask2Former
@@ -44,7 +45,8 @@ LOADER_TIMEOUT = 300.0  # seconds without a batch after which a loader process c
 @dataclass
 class Data:
     """The data of a run: datasets, labeled image ids, the unlabeled pool (every training image, the
-    labeled ones too, and those of --unlabeled). val may be None."""
+    labeled ones too, and those of --unlabeled: {folder: number} in folder_counts). val may be None. notes are
+    about image files that are left out or look wrong."""
 
     cfg: Config
     env: Env
@@ -52,6 +54,8 @@ class Data:
     val: CocoDataset | None
     labeled: list
     unlabeled: UnlabeledImages
+    folder_counts: dict[str, int]
+    notes: list[str]
 
     @property
     def augmentation(self) -> Augmentation:
@@ -182,8 +186,40 @@ def read_data(cfg: Config, env: Env) -> Data:
         raise ValueError(f"{train.json_file}: no labeled image has an object; {bins}")
     if is_cityscapes(val):
         official_evaluation()  # raises if cityscapesscripts is not installed
-    unlabeled = UnlabeledImages(train, cfg.unlabeled or (), exclude=[train, val])
-    return Data(cfg, env, train, val, labeled, unlabeled)
+    with rank0_first():  # the other ranks then read from the page cache
+        paths, counts, notes = find_unlabeled(cfg.unlabeled or (), train, val)
+        unlabeled = UnlabeledImages(train, paths)
+        notes += inspect(train, val, unlabeled)
+    return Data(cfg, env, train, val, labeled, unlabeled, counts, notes)
+
+
+def inspect(train: CocoDataset, val: CocoDataset | None, unlabeled: UnlabeledImages) -> list[str]:
+    """Look at image files before training, and set how the datasets read them. Returns notes about them.
+    Raises ValueError if validation images, or more than 1 % of the training images, cannot be read."""
+    notes = []
+    for kind, dataset in (("training", train), ("validation", val)):
+        if dataset:
+            found = inspect_images(dataset)
+            dataset.pixel_range = found.pixel_range if dataset is train else train.pixel_range
+            dataset.exif_stored = found.exif_stored
+            notes += found.notes
+            count = len(found.unreadable)
+            if count > (max(1, len(dataset) / 100) if dataset is train else 0):
+                example = found.unreadable[0]
+                raise ValueError(f"{count} {kind} images cannot be read, such as: {example}")
+            notes += [f"{error}; another image takes its place" for error in found.unreadable]
+    pool = inspect_images(unlabeled, unlabeled.image_ids[len(train) :], max_images=200)
+    if pool.pixel_range and pool.pixel_range != train.pixel_range:
+        notes.append(
+            f"unlabeled images have values in {pool.pixel_range}; they are read with the range of the labeled "
+            f"ones, {train.pixel_range or (0, 65535)}"
+        )
+    if pool.unreadable:
+        example = pool.unreadable[0]
+        notes.append(
+            f"{len(pool.unreadable)} of up to 200 sampled unlabeled images cannot be read, such as: {example}"
+        )
+    return notes + pool.notes
 
 
 def unannotated_are_unlabeled(cfg: Config) -> bool:
@@ -203,6 +239,7 @@ def describe(cfg: Config, data: Data) -> dict:
         "model_args": model_arguments(cfg, data),
         "class_names": data.train.class_names,
         "category_ids": data.train.category_ids,
+        "pixel_range": data.train.pixel_range,
         **data.hashes,
     }
 
@@ -273,6 +310,9 @@ def print_setup(cfg: Config, data: Data, last_phase: int) -> None:
         flags = ", ".join(f"--{name.replace('_', '-')} {format_value(v)}" for name, v in scaled.items())
         batch += f", the preset is for {reference.batch}, --scale-to-batch would set {flags}"
     parameters = sum(p.numel() for p in _meta_model(model_arguments(cfg, data)).parameters())
+    pool = [f"{count:,} of {folder}" for folder, count in data.folder_counts.items()]
+    pool = {"unlabeled": f"the training images, {', '.join(pool)}"} if pool else {}
+    bins = {"labels": format_bins(bins_of_run(data), one_line=True)}
     print_banner(
         cfg.out,
         f"Guided Distillation on {cfg.data} -> {cfg.out}",
@@ -280,6 +320,8 @@ def print_setup(cfg: Config, data: Data, last_phase: int) -> None:
         data=f"{len(data.train):,} training images, {len(data.labeled):,} of them labeled (split "
         f"{split_hash(data.labeled)}), {len(data.unlabeled.image_ids):,} in the unlabeled pool, "
         f"{len(data.val or ()):,} for validation, {data.num_classes} classes",
+        **pool,
+        **bins,
         model=f"Mask2Former, {cfg.backbone}, {cfg.num_queries} queries, {parameters / 1e6:.1f} million "
         "parameters",
         batch=batch,
@@ -289,6 +331,16 @@ def print_setup(cfg: Config, data: Data, last_phase: int) -> None:
         print_rank0(line)
     for warning in data_warnings(cfg, data):
         print_rank0(f"warning: {warning}")
+
+
+def bins_of_run(data: Data) -> dict[str, int]:
+    """Return what becomes of each annotation of the training file in this run."""
+    labeled = sum(len(data.train.objects(image_id)) for image_id in data.labeled)
+    crowds = sum(len(data.train.annotations(image_id)) for image_id in data.labeled) - labeled
+    kept = sum(len(data.train.annotations(image_id)) for image_id in data.train.image_ids)
+    left_out = {bin: n for bin, n in data.train.bins.items() if bin not in ("trained", "crowd")}
+    bins = {"trained": labeled, "crowd": crowds, "of unlabeled images": kept - labeled - crowds, **left_out}
+    return {bin: number for bin, number in bins.items() if number or bin == "trained"}
 
 
 def choice_lines(cfg: Config) -> Iterator[str]:
@@ -313,6 +365,7 @@ def data_warnings(cfg: Config, data: Data) -> Iterator[str]:
         yield f"{cfg.data} has no validation set, so no AP will be shown"
     for dataset in (train, val):
         yield from (f"{dataset.json_file}: {note}" for note in (dataset.notes if dataset else ()))
+    yield from data.notes
     count = sum(not train.annotations(image_id) for image_id in train.image_ids)
     if count and unannotated_are_unlabeled(cfg):
         yield (
