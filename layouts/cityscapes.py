@@ -1,6 +1,6 @@
 """Cityscapes: convert its label files to COCO JSON, and compute mask AP by its own rules.
 
-    train, val = find(Path("datasets/cityscapes"))           # a folder with leftImg8bit/ and gtFine/
+    layout, train, val = find(Path("datasets/cityscapes"))   # a folder with leftImg8bit/ and gtFine/
     cityscapes_ap(label_files, detections)
 
 The data are in leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from cityscapes-dataset.com.
@@ -17,6 +17,7 @@ from PIL import Image
 from pycocotools import mask as rle_tools
 
 from data import CocoDataset, DataError
+from layouts.files import Found, Source
 
 CLASSES = {  # the label ids of the classes with instances
     24: "person",
@@ -31,11 +32,16 @@ CLASSES = {  # the label ids of the classes with instances
 LABEL_SUFFIX = "_gtFine_instanceIds.png"
 
 
-def find(root: Path):
-    """Return the (annotation file, image folder) of the training and of the validation set. Converts them
-    first."""
-    train_json, val_json = convert(root)
-    return (train_json, root / "leftImg8bit"), (val_json, root / "leftImg8bit")
+def find(folder: Path) -> Found | None:
+    """Find and convert Cityscapes in a folder. Returns None for a folder without leftImg8bit/ and gtFine/."""
+    has_both = (folder / "leftImg8bit").is_dir() and (folder / "gtFine").is_dir()
+    return find_cityscapes(folder) if has_both else None
+
+
+def find_cityscapes(root: Path) -> Found:
+    """Find Cityscapes where its archives unpack, and convert it. Raises DataError."""
+    train, val = (Source(file, root / "leftImg8bit") for file in convert(root))
+    return Found("Cityscapes (leftImg8bit/, gtFine/)", train, val)
 
 
 def is_cityscapes(dataset: CocoDataset | None) -> bool:
@@ -63,7 +69,11 @@ def convert(root) -> list[Path]:
         image_files = sorted((root / "leftImg8bit" / split).glob("*/*_leftImg8bit.png"))
         if not image_files:
             pattern = f"{root}/leftImg8bit/{split}/*/*_leftImg8bit.png"
-            raise DataError(f"cannot find Cityscapes: no image {pattern}; set --root to its folder")
+            raise DataError(
+                f"cannot find Cityscapes: no image {pattern}; unpack leftImg8bit_trainvaltest.zip and "
+                "gtFine_trainvaltest.zip of cityscapes-dataset.com into one folder, which then has "
+                "leftImg8bit/ and gtFine/, and set --root to it"
+            )
         missing = [file for file in image_files if not label_file(root, file).is_file()]
         if missing:
             example = label_file(root, missing[0])

@@ -19,16 +19,6 @@ from pycocotools import mask as rle_tools
 SHAPES = ("circle", "square", "triangle", "star")
 
 
-def find(folder: Path):
-    """Return the (annotation file, image folder) of the training and of the validation set.
-
-    The dataset is generated first if the folder does not exist."""
-    if not folder.exists():
-        write_shapes(folder)
-    train, val = ((folder / f"instances_{part}.json", folder / "images") for part in ("train", "val"))
-    return train, val
-
-
 def write_shapes(folder, num_train=1000, num_val=200, size=96, seed=0) -> None:
     """Generate the dataset as PNG files of size x size pixels and COCO JSON with RLE masks.
 
