@@ -67,7 +67,7 @@ def user_folder(tmp_path):
 TINY = (
     "--preset shapes --ratio 1 --steps 2 --crop 32,32 --num-queries 5 --hidden-dim 32 --batch 2 --log-every 1"
 )
-TINY += " --encoder-ffn 32 --decoder-layers 1 --decoder-ffn 32 --num-points 32 --device cpu"
+TINY += " --encoder-ffn 32 --decoder-layers 1 --decoder-ffn 32 --num-points 32 --device cpu --val-ratio 0"
 
 
 def test_training_takes_images_of_all_modes_and_needs_no_validation_set(user_folder, tmp_path):
@@ -100,6 +100,7 @@ def test_too_many_damaged_images_end_training_with_one_line(user_folder, tmp_pat
 def test_a_valid_folder_has_no_errors_and_its_counts_are_shown(user_folder, tmp_path):
     folder, _ = user_folder
     flags = ["--unlabeled", folder / "plain", "--ratio", "1", "--sheet", tmp_path / "a/sheet.png"]
+    flags += ["--val-ratio", "0"]
     printed = run("tools.check_data", folder, *flags).stdout
     for line in (
         "cat          3        3        0        0        0        3",
@@ -170,7 +171,7 @@ def test_every_planted_defect_is_named(user_folder, tmp_path):
 def test_a_bad_flag_does_not_suppress_the_report(user_folder, tmp_path, monkeypatch, capsys, flags, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        check_data.main([str(user_folder[0]), *flags])
+        check_data.main([str(user_folder[0]), "--val-ratio", "0", *flags])
     printed = capsys.readouterr()
     assert stop.value.code == 2 and "there is no validation set" in printed.out
     assert words in printed.out + printed.err
@@ -196,6 +197,7 @@ def test_former_spellings_of_flags_are_hidden(capsys):
 def test_the_labeled_list_is_checked(user_folder, tmp_path, capsys):
     (tmp_path / "few.txt").write_text("0.png\n2.png\n")
     flags = ["--labeled-list", str(tmp_path / "few.txt"), "--sheet", str(tmp_path / "sheet.png")]
+    flags += ["--val-ratio", "0"]
     with pytest.raises(SystemExit):
         check_data.main([str(user_folder[0]), *flags])
     printed = capsys.readouterr().out
