@@ -102,7 +102,6 @@ def load_data(
             follow_links=follow_links,
         )
         dataset.errors = [*source.errors, *dataset.errors]
-        dataset.notes = [*source.notes, *dataset.notes]
         return dataset
 
     train = load(found.train)

@@ -17,14 +17,12 @@ class Source(NamedTuple):
     json_file: a file in COCO form, or the file or folder that `content` was converted from.
     image_folder: the folder that the file names of the images start from.
     content: the converted annotations in COCO form, None if json_file has them.
-    errors: a message, with file and line, for each annotation that could not be converted.
-    notes: lines about what else the conversion left out."""
+    errors: a message, with file and line, for each annotation that could not be converted."""
 
     json_file: Path
     image_folder: Path
     content: dict | None = None
     errors: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 class Found(NamedTuple):
@@ -68,18 +66,13 @@ def has_keys(file, *keys: str) -> bool:
 
 def image_size(path) -> dict[str, int]:
     """Read the size of an image from its header, as annotation tools show it: rotated by its EXIF
-    orientation. Returns {"height", "width"}, or {} for a file that is no image."""
+    orientation. Returns {"height", "width"}. Returns {} for a file that is no image: load_coco leaves out
+    images without a size."""
     try:
         (H, W), _ = read_sizes(path)
         return {"height": H, "width": W}
     except DataError:
         return {}
-
-
-def note_unreadable(names: list[str]) -> tuple[str, ...]:
-    """Return a note about images that are left out because their size cannot be read, if there are any."""
-    example = printable(names[0]) if names else ""
-    return (f"{len(names)} images cannot be read and are left out, such as {example}",) if names else ()
 
 
 def printable(name) -> str:

@@ -20,7 +20,6 @@ from layouts.files import (
     files_below,
     has_keys,
     image_size,
-    note_unreadable,
     printable,
     split_of,
 )
@@ -48,8 +47,8 @@ def find(folder: Path) -> Found | None:
     labels = sorted({label for label, _ in objects})
     sources = []
     for names in filter(None, splits.values()):
-        content, notes = build_content(names, shapes, sizes, labels, folder)
-        sources.append(Source(folder, folder, content, () if sources else errors, notes))
+        content = build_content(names, shapes, sizes, labels, folder)
+        sources.append(Source(folder, folder, content, () if sources else errors))
     return Found(f"labelme (a JSON file per image){unused}", *sources)
 
 
@@ -139,18 +138,15 @@ def to_text(rle: dict) -> dict:
     return {"size": list(rle["size"]), "counts": rle["counts"].decode()}
 
 
-def build_content(names: list[str], shapes: dict, sizes: dict, labels: list[str], folder: Path):
-    """Build the content of a set in COCO form, and notes. Images without a JSON file have no annotation."""
-    ids, unreadable = {label: number for number, label in enumerate(labels, start=1)}, []
+def build_content(names: list[str], shapes: dict, sizes: dict, labels: list[str], folder: Path) -> dict:
+    """Build the content of a set in COCO form. Images without a JSON file have no annotation."""
+    ids = {label: number for number, label in enumerate(labels, start=1)}
     content = {"images": [], "annotations": []}
     content["categories"] = [{"id": number, "name": label} for label, number in ids.items()]
     for image_id, name in enumerate(names, start=1):
         size = sizes.get(name) or image_size(folder / name)
-        if not size and (folder / name).is_file():
-            unreadable.append(name)
-            continue
         content["images"].append({"id": image_id, "file_name": name, **size})
         for label, segmentation in shapes.get(name, []):
             annotation = {"image_id": image_id, "category_id": ids[label], "segmentation": segmentation}
             content["annotations"].append({"id": len(content["annotations"]) + 1, **annotation})
-    return content, note_unreadable(unreadable)
+    return content

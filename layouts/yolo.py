@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 from data import DataError
-from layouts.files import Found, Source, files_below, image_size, note_unreadable, printable
+from layouts.files import Found, Source, files_below, image_size, printable
 
 
 def find(folder: Path) -> Found | None:
@@ -90,18 +90,15 @@ def list_images(base: Path, root: str, entry) -> list[str]:
     return list(names)
 
 
-def convert(base: Path, names: list[str], classes: dict[int, str]) -> tuple[dict, tuple, tuple]:
-    """Convert the labels of images to COCO form. Returns the content, a message for each line that is not
-    valid, and notes."""
+def convert(base: Path, names: list[str], classes: dict[int, str]) -> tuple[dict, tuple[str, ...]]:
+    """Convert the labels of images to COCO form. Returns the content, and a message for each line that is not
+    valid."""
     content = {"images": [], "annotations": []}
     content["categories"] = [{"id": number, "name": name} for number, name in classes.items()]
-    errors, unreadable = [], []
+    errors = []
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as threads:
         sizes = threads.map(lambda name: image_size(base / name), names)
         for image_id, (name, size) in enumerate(zip(names, sizes), start=1):
-            if not size and (base / name).is_file():
-                unreadable.append(name)
-                continue
             content["images"].append({"id": image_id, "file_name": name, **size})
             file = label_file(name)
             for number, line in enumerate(read_lines(base / file) if size else [], start=1):
@@ -113,7 +110,7 @@ def convert(base: Path, names: list[str], classes: dict[int, str]) -> tuple[dict
                 if annotation:
                     ids = {"id": len(content["annotations"]) + 1, "image_id": image_id}
                     content["annotations"].append(ids | annotation)
-    return content, tuple(errors), note_unreadable(unreadable)
+    return content, tuple(errors)
 
 
 def label_file(image: str) -> str:

@@ -33,7 +33,8 @@ context.set_forkserver_preload(["faults", "tools.report"])
 
 TINY = shlex.split(
     "--preset shapes --ratio 0.5 --crop 64,64 --num-queries 6 --hidden-dim 32 --encoder-ffn 32 "
-    "--decoder-layers 1 --decoder-ffn 32 --num-points 32 --batch 6 --log-every 1 --save-every 2 --val-ratio 0 "
+    "--decoder-layers 1 --decoder-ffn 32 --num-points 32 --batch 6 --log-every 1 --save-every 2 "
+    "--val-ratio 0 "
     """--score-threshold 0.3 --device cpu --backbone-args '{"stem_type": "", "channels": [8, 8, 16, 16]}'"""
 )
 

@@ -283,6 +283,16 @@ def test_an_archive_that_unpacks_into_a_folder_of_its_own_is_found(drawn, expect
     assert read_masks(train) == expected["train"] and read_masks(val) == expected["val"]
 
 
+def test_classes_of_the_validation_set_are_matched_by_name(drawn, expected, tmp_path):
+    files = own(drawn)
+    val = files["instances_val.json"]
+    val["categories"] = [{"id": 3 - c["id"], "name": c["name"]} for c in val["categories"]]
+    for annotation in val["annotations"]:
+        annotation["category_id"] = 3 - annotation["category_id"]
+    train, val = load_data(str(write(tmp_path, files)))
+    assert train.class_names == val.class_names and read_masks(val) == expected["val"]
+
+
 # --------------------------------------------------------------------------------------- files that are given
 
 
@@ -474,13 +484,13 @@ def test_huge_numbers_of_a_yolo_file_are_no_mask(drawn, tmp_path):
 @pytest.mark.parametrize("export", [yolo, labelme])
 def test_a_damaged_image_whose_size_only_its_file_has_is_left_out(drawn, tmp_path, export):
     files = export(drawn)
-    damaged = [next(path for path in files if path.endswith(f"train_{n}.png")) for n in ("000", "006")]
-    write(tmp_path, files | dict.fromkeys(damaged, "hello"))
+    damaged = next(path for path in files if path.endswith("train_000.png"))
+    write(tmp_path, files | {damaged: "hello"})
     for file in tmp_path.glob("train/train_000.json"):
         write(tmp_path, {file: json.loads(file.read_text()) | {"imageHeight": None}})
     train, _ = load_data(str(tmp_path))
-    assert len(train) == 5 and train.bins == {"trained": 10}
-    assert train.notes == [f"2 images cannot be read and are left out, such as {damaged[0]}"]
+    assert len(train) == 6 and train.bins["trained"] == 10
+    assert train.notes[0].startswith("1 of 7 images are missing and left out")
 
 
 @pytest.mark.parametrize(
