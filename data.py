@@ -74,11 +74,12 @@ class CocoDataset:
         class_names, category_ids: label k is the k-th category in the order of ids, which may have gaps.
         errors, notes, bins: what layouts.validate.load_coco found, empty by default: messages about invalid
             entries; lines about repairs, what is left out and suspicions; {bin: number of annotations}.
+        layout: what layouts.load_data found, as a phrase.
         pixel_range, exif_stored: how `read_image` reads the images; layouts/images.py finds out."""
 
     def __init__(self, json_file, image_folder, content: dict | None = None):
         self.json_file, self.image_folder = Path(json_file), Path(image_folder)
-        self.errors, self.notes, self.bins = [], [], {}
+        self.errors, self.notes, self.bins, self.layout = [], [], {}, ""
         self.pixel_range, self.exif_stored = None, False
         if content is None:
             content = json.loads(self.json_file.read_text(encoding="utf-8"))

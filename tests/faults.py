@@ -249,7 +249,7 @@ def nobody(rank):
 def noisy_truth(rank):
     """An evaluation scores, beside the model's predictions, the ground truth with noise: moved objects, some
     with a wrong class. The noise depends on the image alone, not on the rank that evaluates it."""
-    coco_results, load_coco, mask_ap = evaluate.coco_results, evaluate.load_coco, evaluate.mask_ap
+    coco_results, load_data, mask_ap = evaluate.coco_results, evaluate.load_data, evaluate.mask_ap
     truth = []
 
     def noisy(image_id, result, category_ids):
@@ -263,9 +263,10 @@ def noisy_truth(rank):
             detections.append(entry | {"score": float(rng.random())})
         return detections
 
-    def remember(*arguments):
-        truth.append(load_coco(*arguments))
-        return truth[0]
+    def remember(*args, **kwargs):
+        train, val = load_data(*args, **kwargs)
+        truth.append(val)
+        return train, val
 
     def digested(dataset, detections):
         order = sorted(detections, key=lambda d: (d["image_id"], d["score"]))
@@ -273,7 +274,7 @@ def noisy_truth(rank):
         print("detections", len(order), digest.hexdigest(), flush=True)
         return mask_ap(dataset, detections)
 
-    evaluate.coco_results, evaluate.load_coco, evaluate.mask_ap = noisy, remember, digested
+    evaluate.coco_results, evaluate.load_data, evaluate.mask_ap = noisy, remember, digested
 
 
 def few_objects(rank):

@@ -84,17 +84,14 @@ def test_training_takes_images_of_all_modes_and_needs_no_validation_set(user_fol
     assert error == f"error: {folder} has no validation set; pass --val-json, or --val-ratio above 0\n"
 
 
-def test_too_many_damaged_images_end_training_with_one_line(user_folder, tmp_path):
+def test_too_many_damaged_images_are_refused_before_training(user_folder, tmp_path):
     folder, _ = user_folder
     for number in (1, 2):
         (folder / f"images/{number}.png").write_text("hello")
     flags = ["--data", folder, "--out", tmp_path / "run", *TINY.split(), "--steps", "20", "--save-every", "5"]
     error = run("distill.py", *flags, code=2).stderr
-    assert error.count("warning: ") == 2
-    assert (
-        "error: 2 of 6 images cannot be used, such as: cannot read image" in error
-        and "Traceback" not in error
-    )
+    assert error.startswith("error: 2 training images cannot be read, such as: cannot read image")
+    assert error.count("\n") == 1 and not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_a_valid_folder_has_no_errors_and_its_counts_are_shown(user_folder, tmp_path):

@@ -211,8 +211,8 @@ def inspect(train: CocoDataset, val: CocoDataset | None, unlabeled: UnlabeledIma
     pool = inspect_images(unlabeled, unlabeled.image_ids[len(train) :], max_images=200)
     if pool.pixel_range and pool.pixel_range != train.pixel_range:
         notes.append(
-            f"unlabeled images have values in {pool.pixel_range}; they are read with the range of the labeled "
-            f"ones, {train.pixel_range or (0, 65535)}"
+            f"unlabeled images have values in {pool.pixel_range}; they are read with the range of the "
+            f"labeled ones, {train.pixel_range or (0, 65535)}"
         )
     if pool.unreadable:
         example = pool.unreadable[0]
@@ -337,9 +337,16 @@ def bins_of_run(data: Data) -> dict[str, int]:
     """Return what becomes of each annotation of the training file in this run."""
     labeled = sum(len(data.train.objects(image_id)) for image_id in data.labeled)
     crowds = sum(len(data.train.annotations(image_id)) for image_id in data.labeled) - labeled
-    kept = sum(len(data.train.annotations(image_id)) for image_id in data.train.image_ids)
-    left_out = {bin: n for bin, n in data.train.bins.items() if bin not in ("trained", "crowd")}
-    bins = {"trained": labeled, "crowd": crowds, "of unlabeled images": kept - labeled - crowds, **left_out}
+    in_training = sum(len(data.train.annotations(image_id)) for image_id in data.train.image_ids)
+    bins = dict(data.train.bins)
+    kept = bins.pop("trained") + bins.pop("crowd", 0)
+    bins = {
+        "trained": labeled,
+        "crowd": crowds,
+        "of unlabeled images": in_training - labeled - crowds,
+        "of images held out for validation": kept - in_training,
+        **bins,
+    }
     return {bin: number for bin, number in bins.items() if number or bin == "trained"}
 
 
