@@ -6,7 +6,7 @@ average (EMA), while the student keeps learning from the labels and from the tea
 
     python distill.py --data shapes --ratio 0.1                        # a laptop CPU, some minutes
     torchrun --nproc_per_node=8 distill.py --data coco --ratio 0.01    # 8 GPUs
-    python distill.py --data my_dataset --ratio 1 --crop 512,512 --batch 4 --steps 2000,2000,6000
+    python distill.py --data my_dataset --unlabeled my_images/         # your own; --preset auto sets the rest
 
 It writes teacher.pt, burnin.pt, distill.pt, a picture and report.html to runs/<data>-<ratio>/. An
 interrupted run is resumed by the same command. --finetune-steps adds a last phase on labels alone, which
