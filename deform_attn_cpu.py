@@ -184,7 +184,7 @@ def gathered_dot(left: Tensor, index: Tensor, right: Tensor) -> Tensor:
 
 def prefers_channels_last(x: Tensor) -> bool:
     """Return whether x is on a CPU whose convolutions are fastest with channels last (AVX-512)."""
-    return x.device.type == "cpu" and AVX512 and not torch.compiler.is_exporting()
+    return x.device.type == "cpu" and AVX512 and not getattr(torch.compiler, "is_exporting", bool)()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ Letters in shapes: B images, S positions of all levels, M heads, D channels of a
 P points."""
 
 from itertools import accumulate
+from typing import Sequence  # noqa: UP035, because torch 2.6 takes no other list in an operator's signature
 
 import torch
 import triton
@@ -152,7 +153,9 @@ def _launch(kernel, value, locations, weights, *others, spatial_shapes: list[int
 
 
 @torch.library.custom_op("guided_distillation::ms_deform_attn", mutates_args=())
-def ms_deform_attn_op(value: Tensor, locations: Tensor, weights: Tensor, spatial_shapes: list[int]) -> Tensor:
+def ms_deform_attn_op(
+    value: Tensor, locations: Tensor, weights: Tensor, spatial_shapes: Sequence[int]
+) -> Tensor:
     """Run the forward kernel: value (B, S, M, D), locations (B, N, M, L, P, 2), weights (B, N, M, L, P).
 
     Returns (B, N, M * D) with value's dtype."""
@@ -169,7 +172,7 @@ def _(value, locations, weights, spatial_shapes):
 
 @torch.library.custom_op("guided_distillation::ms_deform_attn_backward", mutates_args=())
 def ms_deform_attn_backward_op(
-    grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor, spatial_shapes: list[int]
+    grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor, spatial_shapes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run the backward kernel with the output's gradient (B, N, M * D).
 

@@ -511,7 +511,7 @@ def fastest_ms_deform_attn(device: torch.device):
     """Return the fastest form of `ms_deform_attn` for a device.
 
     An export needs operations that every machine has: it traces the plain form."""
-    if torch.compiler.is_exporting():
+    if getattr(torch.compiler, "is_exporting", bool)():
         return ms_deform_attn
     if device.type == "cpu" and ms_deform_attn_cpu:
         return ms_deform_attn_cpu

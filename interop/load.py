@@ -9,7 +9,9 @@ The kind of a file is found from its contents. Nothing in a file is executed."""
 import os
 import pickle
 import re
+import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import safetensors.torch
@@ -127,6 +129,10 @@ def load_partial(model: Mask2Former, state_dict: dict) -> list[str]:
 
 # The first bytes of files that torch.save wrote before PyTorch 1.6.
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
+UNSAFE_TORCH = (
+    "torch before 2.10 has a hole through which a checkpoint of somebody else may execute code "
+    "(CVE-2026-24747); open only files that you trust, or install torch 2.10"
+)
 
 
 def _read_file(path) -> dict:
@@ -142,6 +148,8 @@ def _read_file(path) -> dict:
             elif start[:2] == b"PK" or TORCH_MAGIC in start:
                 if start[:2] == b"PK":
                     check_archive(path)
+                if torch.__version__ < (2, 10) and not Path(path).with_name("metrics.jsonl").exists():
+                    warnings.warn(UNSAFE_TORCH, stacklevel=3)  # only a run's own folder has the log
                 content = torch.load(file, map_location="cpu", weights_only=True)
             else:
                 content = _to_tensors(_ArrayUnpickler(file, encoding="latin1").load())

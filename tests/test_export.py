@@ -1,18 +1,21 @@
 """Tests of tools/export.py: the programs of torch.export and ONNX find in an image what evaluate.py finds."""
 
-import onnxruntime
 import pytest
 import torch
 from commands import run
 from conftest import TINY
 from timm.layers import Conv2dSame
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from evaluate import instances
 from model import Mask2Former
-from tools.export import ConvSamePadding, trace
+from tools.export import ConvSamePadding, main, trace
 
 SIZES = [(192, 256), (150, 235)]  # neither was traced
+
+
+needs_export = pytest.mark.skipif(torch.__version__ < (2, 9), reason="export needs torch 2.9")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,7 @@ def images():
         yield torch.randint(0, 256, (1, H, W, 3), generator=generator).byte().permute(0, 3, 1, 2)
 
 
+@needs_export
 def test_a_program_finds_what_the_model_finds_in_images_of_any_size(exported):
     model, program, *_ = exported
     for image in images():
@@ -53,19 +57,24 @@ def test_a_program_finds_what_the_model_finds_in_images_of_any_size(exported):
     assert spaces == {"aten"}, "the program needs no custom operators"
 
 
+@needs_export
 def test_an_onnx_model_finds_what_the_model_finds_in_images_of_any_size(exported):
+    import onnxruntime
+
     model, _, folder, _ = exported
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     for image in images():
         check(model, image, *map(torch.from_numpy, session.run(None, {"image": image.numpy()})))
 
 
+@needs_export
 def test_a_backbone_that_transformers_lacks_has_programs_and_no_files_of_weights(exported):
     *_, folder, printed = exported
     assert (folder / "model.pt2").exists() and not (folder / "config.json").exists()
     assert "images of 33 to 4096 pixels a side" in printed and "not with resnet10t" in printed
 
 
+@needs_export
 def test_code_that_needs_sizes_as_numbers_is_traced_for_the_test_size():
     class Halves(nn.Module):
         def forward(self, image):
@@ -76,9 +85,19 @@ def test_code_that_needs_sizes_as_numbers_is_traced_for_the_test_size():
     assert "800 x 1333" in trace(Halves(), (0, 0))[1]
 
 
+@needs_export
 def test_a_side_that_is_too_short_is_an_error(exported):
     with pytest.raises(AssertionError, match="33"):
         exported[1].module()(torch.zeros(1, 3, 64, 32, dtype=torch.uint8))
+
+
+def test_a_torch_that_is_too_old_is_an_error(tmp_path, make_model, monkeypatch, capsys):
+    checkpoint = {"format": 2, "model": make_model().state_dict(), "teacher": None, "model_args": TINY}
+    torch.save(checkpoint, tmp_path / "a.pt")
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.0"))
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "a.pt"), str(tmp_path / "out")])
+    assert "cannot export: it needs torch >= 2.9, found 2.8.0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

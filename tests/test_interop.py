@@ -4,6 +4,7 @@ of the official model."""
 import json
 import os
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from commands import run
 from conftest import TINY
 from safetensors.torch import load_file, save_file
-from transformers import Mask2FormerForUniversalSegmentation
+from torch.torch_version import TorchVersion
 
 import distill
 import evaluate
@@ -293,6 +294,24 @@ def test_a_damaged_file_is_named(tmp_path, name, content):
         load_any_checkpoint(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    "version, file, warns",
+    [("2.9.1", "a.pt", True), ("2.9.1", "run/a.pt", False), ("2.10.0", "a.pt", False)],
+)
+def test_a_torch_with_a_hole_is_named_before_it_reads_a_file_of_somebody_else(
+    version, file, warns, tmp_path, make_model, monkeypatch
+):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").touch()
+    checkpoint = {"format": 2, "model": make_model().state_dict(), "teacher": None, "model_args": TINY}
+    torch.save(checkpoint, tmp_path / file)
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert load_any_checkpoint(tmp_path / file)["model_args"] == TINY
+    assert ["CVE-2026-24747" in str(warning.message) for warning in caught] == [True] * warns
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint.*gone.pkl"):
         load_any_checkpoint(tmp_path / "gone.pkl")
@@ -536,6 +555,7 @@ def perturbed(model):
 SMALL_SWIN = dict(embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4), window_size=4)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     "which, arguments",
     [
@@ -547,6 +567,8 @@ SMALL_SWIN = dict(embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4), win
 )
 @pytest.mark.usefixtures("without_programs")
 def test_an_exported_model_is_the_same_in_transformers(tmp_path, which, arguments):
+    from transformers import Mask2FormerForUniversalSegmentation
+
     arguments = dict(num_classes=3, encoder_layers=1, decoder_layers=2, decoder_ffn=64, **arguments)
     torch.manual_seed(0)
     model, other = perturbed(Mask2Former(**arguments)), Mask2Former(**arguments).state_dict()

@@ -87,6 +87,7 @@ def test_deformable_attention_has_the_right_gradients(ms_deform_attn):
     assert torch.autograd.gradcheck(lambda v, x, w: ms_deform_attn(v, SHAPES, x, w), inputs)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("spread", [0.3, 3.0, 1e6])
 def test_deformable_attention_and_its_gradients_equal_those_of_other_code(ms_deform_attn, spread):
     """Also where nearly all samples are outside; edges between pixels are met by chance alone."""
@@ -150,7 +151,7 @@ def test_the_form_of_deformable_attention_follows_from_the_device(monkeypatch):
     monkeypatch.setattr(model, "ms_deform_attn_triton", None)
     assert choose(torch.device("cpu")) is choose(torch.device("cuda")) is model.ms_deform_attn
     monkeypatch.undo()
-    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True, raising=False)
     assert choose(torch.device("cpu")) is model.ms_deform_attn
 
 

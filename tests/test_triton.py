@@ -100,7 +100,7 @@ types["levels"] = "*i32"
 types |= dict.fromkeys(("value", "output", "grad_output"), sys.argv[1])
 for kernel in (deform_attn_triton._forward_kernel, deform_attn_triton._backward_kernel):
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
-    source = ASTSource(kernel, signature, constexprs=constants)
+    source = ASTSource(kernel, signature, constants)
     assert compile(source, target=GPUTarget("cuda", 80, 32)).asm["cubin"]
 print("compiled")
 """

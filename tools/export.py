@@ -62,7 +62,7 @@ def export(checkpoint: dict, which: str, folder: Path) -> None:
         checkpoint: as `load_any_checkpoint` returns it.
         which: "student", the model that the phase trained, or "teacher".
 
-    Raises ValueError if the checkpoint has no such model."""
+    Raises ValueError if the checkpoint has no such model, or torch is too old."""
     key = "model" if which == "student" else which
     if checkpoint[key] is None:
         raise ValueError(f"cannot export the {which}: the checkpoint has only one model; use --which student")
@@ -138,7 +138,9 @@ def write_programs(model: Mask2Former, folder: Path, test_size: tuple[int, int])
     """Write model.pt2 and model.onnx, the `Detector` of a model in fp32. Returns a description of them.
 
     test_size: shorter and longer side in pixels of the only images that the programs accept if the
-    backbone's code cannot be traced for images of any size."""
+    backbone's code cannot be traced for images of any size. Raises ValueError if torch is too old."""
+    if torch.__version__ < (2, 9):
+        raise ValueError(f"cannot export: it needs torch >= 2.9, found {torch.__version__}; install it")
     program, accepted = trace(Detector(model), test_size)
     torch.export.save(program, folder / "model.pt2")
     if not (find_spec("onnx") and find_spec("onnxscript")):

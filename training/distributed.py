@@ -83,6 +83,7 @@ def _join_process_group(device: torch.device) -> None:
     dist.init_process_group(backend, timeout=timedelta(minutes=30), **kwargs)
     if device.type != "cuda":
         atexit.register(dist.destroy_process_group)  # gloo's threads may abort a process that exits
+        atexit.register(time.sleep, 0.2)  # before that: in torch 2.6 they would wait for each other forever
     barrier()  # rank 0 holds the store: if it failed before the others join, they could not
 
 
@@ -91,7 +92,8 @@ def use_bf16(device: torch.device, precision: str = "") -> bool:
     if precision:
         return precision == "bf16"
     if device.type == "cpu":
-        return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 and older lack it
+        return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
