@@ -26,6 +26,9 @@ DATA_ARGS = {  # the arguments of layouts.load_data, which are flags of every pr
     "crowd_is_object": (bool, "take each annotation with iscrowd 1 as one object (CVAT's brush masks)"),
     "follow_links": (bool, "follow links that leave the image folder [true]"),
 }
+OUT_OF_MEMORY = (
+    "cannot allocate memory; a smaller --batch, --crop or --test-size, or more --grad-accum-steps, needs less"
+)
 METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT", tuple: "X,X", dict: "JSON", list: "DIR"}
 
 
@@ -166,13 +169,17 @@ def exit_with_error(message, code: int = 2) -> NoReturn:
 
 @contextlib.contextmanager
 def expected_errors(kinds=(ValueError, OSError)):
-    """Turn expected errors (bad flags or files, dead workers or peers) into a one-line message without a
-    traceback."""
+    """Turn expected errors (bad flags or files, too little memory, dead workers or peers) into a one-line
+    message without a traceback."""
     try:
         yield
     except kinds as error:
         exit_with_error(error)
+    except MemoryError as error:
+        exit_with_error(f"{OUT_OF_MEMORY} ({error})")
     except RuntimeError as error:
+        if re.search(r"out of memory|can't allocate memory|not enough memory", str(error)):
+            exit_with_error(f"{OUT_OF_MEMORY} ({str(error)[:200]})")
         if re.match(r"DataLoader (worker \(pid|timed out)", str(error)):
             exit_with_error(f"cannot load data: {error}; fewer --workers need less memory")
         if re.search(r"Connection (closed|reset) by peer|Broken pipe", str(error)):
