@@ -363,11 +363,11 @@ def main(argv=None) -> None:
         check_classes(checkpoint, dataset.class_names)
         if is_cityscapes(dataset):
             official_evaluation()  # raises if cityscapesscripts is not installed
-    models = {}
-    for which in ("model", "teacher"):
-        if checkpoint[which] is not None:
-            trained = "teacher" if checkpoint.get("phase") == "teacher" else "student"
-            models[trained if which == "model" else which] = load_model(checkpoint, env.device, which)
+        models = {}
+        for which in ("model", "teacher"):
+            if checkpoint[which] is not None:
+                trained = "teacher" if checkpoint.get("phase") == "teacher" else "student"
+                models[trained if which == "model" else which] = load_model(checkpoint, env.device, which)
     with expected_errors(DataError):
         kwargs = dict(env=env, test_size=test_size)
         aps = {

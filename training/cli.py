@@ -26,9 +26,6 @@ DATA_ARGS = {  # the arguments of layouts.load_data, which are flags of every pr
     "crowd_is_object": (bool, "take each annotation with iscrowd 1 as one object (CVAT's brush masks)"),
     "follow_links": (bool, "follow links that leave the image folder [true]"),
 }
-OUT_OF_MEMORY = (
-    "cannot allocate memory; a smaller --batch, --crop or --test-size, or more --grad-accum-steps, needs less"
-)
 METAVARS = {bool: "true|false", int: "N", float: "X", str: "TEXT", tuple: "X,X", dict: "JSON", list: "DIR"}
 
 
@@ -175,11 +172,12 @@ def expected_errors(kinds=(ValueError, OSError)):
         yield
     except kinds as error:
         exit_with_error(error)
-    except MemoryError as error:
-        exit_with_error(f"{OUT_OF_MEMORY} ({error})")
-    except RuntimeError as error:
-        if re.search(r"out of memory|can't allocate memory|not enough memory", str(error)):
-            exit_with_error(f"{OUT_OF_MEMORY} ({str(error)[:200]})")
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = re.search(r"out of memory|can't allocate memory|not enough memory", str(error))
+        if out_of_memory or isinstance(error, MemoryError):
+            size = re.search(r"allocate ([\d.]+ \w+)", str(error))
+            advice = "use a smaller --batch, --test-size or --crop, or more --grad-accum-steps"
+            exit_with_error(f"cannot allocate {size[1] + ' of ' if size else ''}memory; {advice}")
         if re.match(r"DataLoader (worker \(pid|timed out)", str(error)):
             exit_with_error(f"cannot load data: {error}; fewer --workers need less memory")
         if re.search(r"Connection (closed|reset) by peer|Broken pipe", str(error)):

@@ -13,14 +13,14 @@ COLORS = [(255, 255, 255), (255, 220, 60), (90, 220, 255), (255, 130, 200), (140
 def draw_instances(
     image: Image.Image, masks=(), names=(), scale: float = 1, dim: float = 0.35
 ) -> Image.Image:
-    """Draw an image resized by `scale`, with masks outlined and named. Lines and text grow with the picture.
+    """Draw an image resized by `scale`, with masks outlined and named. Lines and text grow with the picture,
+    but not beyond an object.
 
     Args:
         masks: of the image, each a bool array (H, W) or an RLE of COCO.
         dim: pixels outside all masks are multiplied by this."""
     W, H = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     covered, outlines, centers = np.zeros((H, W), dtype=bool), np.zeros((H, W), dtype=np.uint8), []
-    line = max(1, round(max(H, W) / 600))
     for number, mask in enumerate(masks):
         mask, top, left = decode_box(mask)
         if scale != 1 and mask.size:
@@ -30,24 +30,28 @@ def draw_instances(
             mask = mask[: H - top, : W - left]
         centers.append(None)
         if mask.any():
+            line = max(1, round(min(max(H, W) / 600, min(mask.shape) / 10)))
             box = slice(top, top + mask.shape[0]), slice(left, left + mask.shape[1])
             inner = minimum_filter(mask, 2 * line + 1, mode="constant")
             covered[box] |= mask
             outlines[box][mask & ~inner] = number % len(COLORS) + 1
             y, x = (np.average(np.arange(n), weights=mask.sum(1 - a)) for a, n in enumerate(mask.shape))
-            centers[-1] = left + x, top + y
+            centers[-1] = left + x, top + y, mask.shape[1]
     image = image.resize((W, H))
     pixels = np.asarray(image.point(lambda value: int(value * dim))).copy()
     pixels[covered] = np.asarray(image)[covered]
     for number, color in enumerate(COLORS, start=1):
         pixels[outlines == number] = color
     picture = Image.fromarray(pixels)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(max(10, round(max(H, W) / 60)))
+    draw = ImageDraw.Draw(picture)
     for center, name in zip(centers, names):
         if center:
+            x, y, width = center
+            size = max(10, round(min(max(H, W) / 60, 2 * width / max(1, len(name)))))  # as wide as the object
+            font = ImageFont.load_default(size)
             half = min(draw.textlength(name, font) / 2, W / 2)
-            place = min(max(center[0], half), W - half), center[1]  # not across the sides
-            draw.text(place, name, "white", font, anchor="mm", stroke_width=line, stroke_fill="black")
+            place = min(max(x, half), W - half), y  # not across the sides
+            draw.text(place, name, "white", font, "mm", stroke_width=max(1, size // 10), stroke_fill="black")
     return picture
 
 
