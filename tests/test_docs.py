@@ -127,7 +127,8 @@ def test_every_command_runs(place):
             shorter += ["--finetune-steps", "2"] if "--finetune-steps" in flags else []
             assert "done" in run(program, *flags, *shorter, cwd=place).stdout, command
         else:
-            run(program, *flags, cwd=place)
+            overwrite = ["--overwrite"] if program == "tools.predict" else []  # pages use the same folder
+            run(program, *flags, *overwrite, cwd=place)
         ran += 1
     assert ran >= 12
     for file in ("predictions/results.json", "found/results.json", "to_correct/instances_train.json"):
