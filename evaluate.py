@@ -29,6 +29,7 @@ from data import CocoDataset, DataError, encode_rle, shortest_edge_size, to_tens
 from interop.load import load_any_checkpoint
 from layouts import load_data
 from layouts.cityscapes import cityscapes_ap, is_cityscapes, label_file, official_evaluation
+from layouts.images import inspect_images
 from model import resize
 from training.checkpoint import check_classes, load_model
 from training.cli import Parser, add_data_flags, data_args, expected_errors, parse_numbers
@@ -40,14 +41,19 @@ from training.distributed import (
     print_rank0,
     rank,
     rank0_first,
+    warn_once,
     world_size,
 )
 from training.visualize import draw_instances, draw_predictions, make_grid
 
 CPU = Env(torch.device("cpu"))
+MAX_DETECTIONS = 100  # that COCO's AP counts for an image and class
+MAX_PIXELS_PER_CHUNK = 2**24  # of upsampled masks that are in memory at once
 
 
-def instances(outputs: dict, image_sizes, output_sizes=None, top_k: int = 100) -> list[dict]:
+def instances(
+    outputs: dict, image_sizes, output_sizes=None, top_k: int = MAX_DETECTIONS, rle: bool = False
+) -> list[dict]:
     """Turn predictions into instances: the top_k pairs of query and class by class probability (Mask2Former,
     section 4.1).
 
@@ -57,41 +63,64 @@ def instances(outputs: dict, image_sizes, output_sizes=None, top_k: int = 100) -
         output_sizes: [(H, W)] of the masks; default: image_sizes.
 
     Returns per image, best first: "scores" (N,), class probability times mean mask probability inside the
-    mask, in [0, 1]; "labels" (N,) int64; "masks" (N, H, W) bool."""
+    mask, in [0, 1]; "labels" (N,) int64; "masks" (N, H, W) bool. With rle, "rles" takes the place of
+    "masks": N compressed RLEs of COCO. Then only a few masks are in memory at once."""
     results = []
     for b, image_size in enumerate(image_sizes):
-        output_size = tuple(output_sizes[b] if output_sizes is not None else image_size)
+        output_size = output_sizes[b] if output_sizes is not None else image_size
         probabilities = outputs["pred_logits"][b].float().softmax(-1)[:, :-1]  # (Q, K)
         K = probabilities.shape[1]
         scores, pairs = probabilities.flatten().topk(min(top_k, probabilities.numel()))
         queries, inverse = (pairs // K).unique(return_inverse=True)  # a query may appear with several classes
         masks, mask_scores = [], []
-        # Transposed, as COCO's RLE runs down the columns, and in chunks that fit a CPU's cache.
-        for mask_logits in outputs["pred_masks"][b, queries].float().mT.split(8):
-            padded = [4 * side for side in mask_logits.shape[-2:]]
-            mask_logits = resize(mask_logits[None], padded)[..., : image_size[1], : image_size[0]]
-            if output_size[::-1] != tuple(mask_logits.shape[-2:]):
-                mask_logits = resize(mask_logits, output_size[::-1])
-            mask_logits = mask_logits[0]
-            masks.append(mask_logits > 0)
-            inside = mask_logits.sigmoid().mul_(masks[-1]).sum((1, 2))
-            mask_scores.append(inside / (masks[-1].sum((1, 2)) + 1e-6))
-        masks, mask_scores = torch.cat(masks), torch.cat(mask_scores)
-        scores, order = (scores * mask_scores[inverse]).sort(descending=True)
-        results.append({"scores": scores, "labels": pairs[order] % K, "masks": masks[inverse[order]].mT})
+        for chunk, chunk_scores in upsample_masks(outputs["pred_masks"][b, queries], image_size, output_size):
+            masks += encode_masks(chunk) if rle else [chunk]
+            mask_scores.append(chunk_scores)
+        scores, order = (scores * torch.cat(mask_scores)[inverse]).sort(descending=True)
+        labels = pairs[order] % K
+        order = inverse[order]
+        found = {"rles": [masks[q] for q in order.tolist()]} if rle else {"masks": torch.cat(masks)[order].mT}
+        results.append({"scores": scores, "labels": labels, **found})
     return results
 
 
+def upsample_masks(mask_logits: Tensor, image_size, output_size):
+    """Upsample mask logits (N, h, w), cut off the padding, and resize them from image_size to output_size,
+    both (H, W).
+
+    Yields, for a few queries at a time, their masks (n, W, H) bool and the mean probability inside each
+    mask (n,). The masks are transposed, as COCO's RLE runs down the columns."""
+    H, W = output_size
+    num_queries = max(1, min(8, MAX_PIXELS_PER_CHUNK // (H * W)))  # 8 masks fit a CPU's cache
+    for chunk in mask_logits.float().mT.split(num_queries):
+        chunk = resize(chunk[None], [4 * side for side in chunk.shape[-2:]])
+        chunk = chunk[..., : image_size[1], : image_size[0]]
+        if chunk.shape[-2:] != (W, H):
+            chunk = resize(chunk, (W, H))
+        masks = chunk[0] > 0
+        inside = chunk[0].sigmoid().mul_(masks).sum((1, 2))
+        yield masks, inside / (masks.sum((1, 2)) + 1e-6)
+
+
+def encode_masks(masks: Tensor) -> list[dict]:
+    """Encode transposed masks (N, W, H) bool as RLEs."""
+    return rle_tools.encode(masks.contiguous().view(torch.uint8).cpu().numpy().transpose(2, 1, 0))
+
+
 @torch.no_grad()
-def predict_batch(model: nn.Module, images: list[Tensor], output_sizes, env: Env = CPU) -> list[dict]:
-    """Return the `instances` of uint8 images (3, H, W) of one size."""
+def predict_batch(
+    model: nn.Module, images: list[Tensor], output_sizes, env: Env = CPU, top_k: int = 0, rle: bool = True
+) -> list[dict]:
+    """Return the `instances` of uint8 images (3, H, W) of one size. top_k: 0 means one for each query, and at
+    least 100."""
     with autocast(env):
         outputs = model(torch.stack(images).to(env.device))
-    return instances(outputs, [image.shape[-2:] for image in images], output_sizes)
+    top_k = top_k or max(MAX_DETECTIONS, outputs["pred_logits"].shape[1])
+    return instances(outputs, [image.shape[-2:] for image in images], output_sizes, top_k, rle)
 
 
 def predict_image(model: nn.Module, image: Image.Image, env: Env = CPU, *, test_size=(0, 0)) -> dict:
-    """Return the `instances` of one image, resized for the model to test_size."""
+    """Return the `instances` of one image as RLEs. The image is resized for the model to test_size."""
     resized = resize_for_test(image, test_size)
     return predict_batch(model, [to_tensor(resized)], [(image.height, image.width)], env)[0]
 
@@ -115,9 +144,20 @@ def evaluate(
         batch_size: images per forward pass, where neighbors have the same size.
 
     Returns {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class": {name: AP}}; -1 where there is no
-    object. On Cityscapes also "Cityscapes AP" and "Cityscapes AP50", by its own rules."""
+    object. If an image has more than 100 objects, also "AP_all", which counts all detections. On Cityscapes
+    also "Cityscapes AP" and "Cityscapes AP50", by its own rules."""
     training = model.training
     model.eval()
+    most = most_objects(dataset)
+    if most == 0:
+        warn_once(f"{dataset.json_file}: AP is '-', because no image has an object to find")
+    elif most > MAX_DETECTIONS:
+        warn_once(
+            f"{dataset.json_file}: an image has {most} objects, but COCO's AP counts at most "
+            f"{MAX_DETECTIONS} detections of a class in an image; AP_all counts all of them"
+        )
+    # The official Mask2Former also keeps 100 instances, of 200 queries too.
+    top_k = MAX_DETECTIONS if most <= MAX_DETECTIONS else 0
     sizes = {i: shortest_edge_size(*dataset.size(i), *test_size) for i in dataset.image_ids}
     shard = sorted(dataset.image_ids[rank() :: world_size()], key=lambda i: (sizes[i], i))
     detections = []
@@ -126,7 +166,8 @@ def evaluate(
         batch = [i for i in shard[:batch_size] if sizes[i] == sizes[shard[0]]]
         shard = shard[len(batch) :]
         images = [to_tensor(resize_for_test(dataset.image(i), test_size)) for i in batch]
-        for i, result in zip(batch, predict_batch(model, images, [dataset.size(i) for i in batch], env)):
+        results = predict_batch(model, images, [dataset.size(i) for i in batch], env, top_k)
+        for i, result in zip(batch, results):
             detections += coco_results(i, result, dataset.category_ids)
         bar.update(len(batch))
     bar.close()
@@ -136,10 +177,14 @@ def evaluate(
     return all_gather_list([compute_ap(dataset, detections)] if rank() == 0 else [])[0]
 
 
+def most_objects(dataset: CocoDataset) -> int:
+    """Return the largest number of objects in an image."""
+    return max((len(dataset.objects(image_id)) for image_id in dataset.image_ids), default=0)
+
+
 def coco_results(image_id, result: dict, category_ids) -> list[dict]:
     """Convert an image's instances to COCO's result form: original category ids, masks as RLE."""
-    masks = result["masks"].mT.contiguous().view(torch.uint8).cpu().numpy()  # (N, W, H)
-    rles = rle_tools.encode(masks.transpose(2, 1, 0))
+    rles = result["rles"] if "rles" in result else encode_masks(result["masks"].mT)
     return [
         {"image_id": image_id, "category_id": category_ids[label], "segmentation": rle, "score": score}
         for rle, label, score in zip(rles, result["labels"].tolist(), result["scores"].tolist())
@@ -185,18 +230,24 @@ def mask_ap(dataset: CocoDataset, detections: list[dict]) -> dict:
             predicted.dataset["annotations"].append({**detection, "id": number, "area": area, "iscrowd": 0})
         predicted.createIndex()
         coco_eval = COCOeval(truth, predicted, "segm")
+        if most_objects(dataset) > MAX_DETECTIONS:
+            coco_eval.params.maxDets.append(max(len(detections), MAX_DETECTIONS + 1))  # after 1, 10 and 100
         coco_eval.evaluate()
         coco_eval.accumulate()
         coco_eval.summarize()
-    precision = coco_eval.eval["precision"][:, :, :, 0, -1]  # (IoU, recall, class): all sizes, 100 detections
-    per_class = [values[values > -1] for values in np.moveaxis(precision, 2, 0)]
+    precision = coco_eval.eval["precision"][:, :, :, 0, 2:]  # (IoU, recall, class, limit), all sizes
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     result = {name: _percent(value) for name, value in zip(names, coco_eval.stats)}
-    result["per_class"] = {
-        name: _percent(values.mean()) if values.size else -1.0
-        for name, values in zip(dataset.class_names, per_class)
-    }
+    if precision.shape[3] > 1:
+        result["AP_all"] = _mean_percent(precision[..., 1])
+    per_class = np.moveaxis(precision[..., 0], 2, 0)
+    result["per_class"] = {n: _mean_percent(values) for n, values in zip(dataset.class_names, per_class)}
     return result
+
+
+def _mean_percent(precision: np.ndarray) -> float:
+    """Average the precision where there are objects: -1 marks classes without any."""
+    return _percent(precision[precision > -1].mean() if (precision > -1).any() else -1)
 
 
 def _percent(value) -> float:
@@ -215,7 +266,7 @@ def ap_table(columns: dict[str, dict], by_class=True) -> str:
     """Format named AP dictionaries side by side."""
     width = max(8, *(len(name) for name in columns)) + 2
     first = next(iter(columns.values()))
-    rows = [[name] + [c[name] for c in columns.values()] for name in first if name != "per_class"]
+    rows = [[name] + [c.get(name, -1) for c in columns.values()] for name in first if name != "per_class"]
     if by_class:
         rows += [
             ["  " + name] + [c["per_class"][name] for c in columns.values()] for name in first["per_class"]
@@ -234,16 +285,14 @@ def compare_predictions(
     models: dict, dataset: CocoDataset, *, env: Env = CPU, test_size=(0, 0), count=6
 ) -> list:
     """Return rows of pictures of `count` images: image, ground truth, and the predictions of each named
-    model with a score above 0.5."""
+    model with a score above 0.5. The longer side of a picture has at most 1,000 pixels."""
     rows = []
     for image_id in dataset.image_ids[:: max(1, len(dataset) // count)][:count]:
         size, image = dataset.size(image_id), dataset.image(image_id)
-        scale = max(1, 240 // max(size))
-        masks = [
-            rle_tools.decode(encode_rle(o["segmentation"], *size)) > 0 for o in dataset.objects(image_id)
-        ]
+        scale = min(max(1, 240 // max(size)), 1000 / max(size))
+        rles = [encode_rle(o["segmentation"], *size) for o in dataset.objects(image_id)]
         names = [dataset.class_names[label] for label in dataset.labels(image_id)]
-        row = [draw_instances(image, scale=scale, dim=1), draw_instances(image, masks, names, scale)]
+        row = [draw_instances(image, scale=scale, dim=1), draw_instances(image, rles, names, scale)]
         for model in models.values():
             predictions = predict_image(model, image, env, test_size=test_size)
             row.append(draw_predictions(image, predictions, dataset.class_names, 0.5, scale=scale))
@@ -313,13 +362,15 @@ def main(argv=None) -> None:
         env, test_size = model_settings(flags, config)
         dataset = validation_set(flags, config)
         check_classes(checkpoint, dataset.class_names)
+        dataset.pixel_range = checkpoint.get("pixel_range")
+        dataset.exif_stored = inspect_images(dataset).exif_stored
         if is_cityscapes(dataset):
             official_evaluation()  # raises if cityscapesscripts is not installed
-    models = {}
-    for which in ("model", "teacher"):
-        if checkpoint[which] is not None:
-            trained = "teacher" if checkpoint.get("phase") == "teacher" else "student"
-            models[trained if which == "model" else which] = load_model(checkpoint, env.device, which)
+        models = {}
+        for which in ("model", "teacher"):
+            if checkpoint[which] is not None:
+                trained = "teacher" if checkpoint.get("phase") == "teacher" else "student"
+                models[trained if which == "model" else which] = load_model(checkpoint, env.device, which)
     with expected_errors(DataError):
         kwargs = dict(env=env, test_size=test_size)
         aps = {
@@ -342,8 +393,10 @@ def validation_set(flags, config: dict) -> CocoDataset:
     run = config.get("data_args", {}) if data == config.get("data") else {}  # where the run had its files
     with rank0_first():
         _, val = load_data(data, **{**run, **data_args(vars(flags))})
-    if not val:
+    if val is None:
         raise ValueError(f"{data} has no validation set; pass --val-json, or --val-ratio above 0")
+    if not len(val):
+        raise ValueError(f"cannot evaluate: {str(val.json_file)!r} has no image; pass another --val-json")
     return val
 
 

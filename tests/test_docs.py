@@ -137,7 +137,8 @@ def test_every_command_runs(place):
             assert "done" in run(program, *flags, *shorter, cwd=place).stdout, command
         else:
             too_old = program == "tools.export" and torch.__version__ < (2, 9)
-            run(program, *flags, cwd=place, code=2 if too_old else 0)
+            overwrite = ["--overwrite"] if program == "tools.predict" else []  # pages use the same folder
+            run(program, *flags, *overwrite, cwd=place, code=2 if too_old else 0)
         ran += 1
     assert ran >= 12
     for file in ("predictions/results.json", "found/results.json", "to_correct/instances_train.json"):

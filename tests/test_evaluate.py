@@ -7,14 +7,30 @@ import json
 import numpy as np
 import pytest
 import torch
+from commands import run
+from conftest import TINY
+from PIL import Image
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
+import evaluate as evaluation
 from data import encode_rle
-from evaluate import coco_results, evaluate, instances, mask_ap, model_settings, parse_arguments
+from evaluate import (
+    coco_results,
+    compare_predictions,
+    evaluate,
+    instances,
+    mask_ap,
+    model_settings,
+    parse_arguments,
+    predict_image,
+)
 from layouts import load_data
+from training.checkpoint import REQUIRED_KEYS, save_checkpoint
+from training.cli import expected_errors
+from training.visualize import COLORS, draw_instances, make_grid
 
 APS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -88,6 +104,21 @@ def test_a_query_counts_for_each_of_its_classes():
     [result] = instances(outputs, [(32, 32)])
     assert result["labels"].tolist() == [0, 1]
     assert torch.equal(result["masks"][0], result["masks"][1])
+
+
+@pytest.mark.parametrize("output_sizes", [None, [(35, 41), (120, 90)]])
+@pytest.mark.parametrize("max_pixels", [1, 5000, 2**24])
+def test_rles_are_those_of_the_masks(monkeypatch, output_sizes, max_pixels):
+    """Whatever number of masks is upsampled at once."""
+    outputs, image_sizes = random_outputs(Q=20), [(27, 50), (32, 33)]
+    expected = instances(outputs, image_sizes, output_sizes)
+    monkeypatch.setattr(evaluation, "MAX_PIXELS_PER_CHUNK", max_pixels)
+    for result, masks in zip(instances(outputs, image_sizes, output_sizes, rle=True), expected, strict=True):
+        assert set(result) == {"scores", "labels", "rles"} and len(result["rles"]) == 60
+        torch.testing.assert_close(result["scores"], masks["scores"])
+        assert torch.equal(result["labels"], masks["labels"])
+        for encoded, mask in zip(result["rles"], masks["masks"].numpy(), strict=True):
+            assert encoded == rle_tools.encode(np.asfortranarray(mask, dtype=np.uint8))
 
 
 # ------------------------------------------------------------------------------------------------- AP
@@ -306,6 +337,174 @@ def test_a_perfect_model_has_an_ap_of_100(painted, batch_size, test_size):
     assert len({shape[2:] for shape in oracle.shapes}) == 2
     if test_size == (0, 0):
         assert {shape[2:] for shape in oracle.shapes} == {(64, 96), (100, 76)}
+
+
+def test_the_masks_in_memory_do_not_grow_with_the_images_of_a_batch(painted, monkeypatch):
+    """No more than MAX_PIXELS_PER_CHUNK pixels of masks at the size of the original images."""
+    sizes, resize = [], evaluation.resize
+
+    def recorded(maps, size):
+        sizes.append((maps.shape[1], *size))
+        return resize(maps, size)
+
+    monkeypatch.setattr(evaluation, "resize", recorded)
+    monkeypatch.setattr(evaluation, "MAX_PIXELS_PER_CHUNK", 2 * 64 * 96)
+    assert evaluate(Oracle(), painted, batch_size=16, test_size=(128, 1000))["AP"] == 100
+    at_full_size = [size for size in sizes if size[1:] in ((96, 64), (76, 100))]
+    assert max(N * H * W for N, H, W in at_full_size) == 2 * 64 * 96
+    assert {size[0] for size in at_full_size} == {1, 2}
+
+
+class Fixed(nn.Module):
+    """A model with one query for each of some masks (Q, H, W), which must be aligned to strides of 4."""
+
+    def __init__(self, masks):
+        super().__init__()
+        self.logits = 40 * torch.as_tensor(masks[:, ::4, ::4]).float() - 20
+
+    def forward(self, images):
+        B, Q = len(images), len(self.logits)
+        return {
+            "pred_logits": torch.tensor([9.0, 0.0]).expand(B, Q, 2),
+            "pred_masks": self.logits.expand(B, *self.logits.shape),
+        }
+
+
+@pytest.fixture
+def cells(make_dataset):
+    """Make an image of 160 objects of 24 x 24 pixels, and return it with their masks (160, H, W)."""
+    masks = np.zeros((160, 320, 512), dtype=np.uint8)
+    for n in range(160):
+        top, left = 32 * (n // 16), 32 * (n % 16)
+        masks[n, top : top + 24, left : left + 24] = 1
+    annotations = [{"image_id": 1, "category_id": 1, "segmentation": rle(mask)} for mask in masks]
+    return make_dataset({1: np.zeros((320, 512, 3))}, annotations, category_ids=[1]), masks
+
+
+def test_more_than_100_objects_are_found(cells, capsys):
+    """COCO's AP counts 100 of them: at most 63 of 101 levels of recall have a precision."""
+    dataset, masks = cells
+    model = Fixed(masks)
+    assert len(predict_image(model, dataset.image(1))["rles"]) == 160
+    ap = evaluate(model, dataset)
+    assert ap["AP_all"] == 100 and ap["AP"] == pytest.approx(100 * 63 / 101, abs=1e-3)
+    assert ap["per_class"] == {"class 1": ap["AP"]}
+    warning = "an image has 160 objects, but COCO's AP counts at most 100 detections of a class in an image"
+    assert warning in capsys.readouterr().out
+    half = mask_ap(dataset, truth_as_detections(dataset)[:80])
+    assert half["AP_all"] == half["AP"] == pytest.approx(100 * 51 / 101, abs=1e-3)
+
+
+def test_up_to_100_objects_are_evaluated_with_100_detections(cells, monkeypatch):
+    """Of a model with more queries the official evaluation also keeps 100."""
+    dataset, masks = cells
+    found, mask_ap = [], evaluation.mask_ap
+    monkeypatch.setattr(evaluation, "mask_ap", lambda *args: found.append(len(args[1])) or mask_ap(*args))
+    monkeypatch.setattr(evaluation, "most_objects", lambda dataset: 100)
+    assert "AP_all" not in evaluate(Fixed(masks), dataset) and found == [100]
+
+
+# --------------------------------------------------------------------------------- empty sets and pictures
+
+
+@pytest.fixture
+def own_checkpoint(make_model, tmp_path):
+    content = dict.fromkeys(REQUIRED_KEYS, 0) | {"phase": "distill", "teacher": None}
+    del content["format"]
+    content |= {"config": {"test_size": (0, 0)}, "model_args": TINY, "model": make_model().state_dict()}
+    save_checkpoint(tmp_path / "distill.pt", content)
+    return tmp_path / "distill.pt"
+
+
+def test_a_validation_set_without_objects_has_no_ap(make_dataset, own_checkpoint, tmp_path):
+    dataset = make_dataset({1: np.zeros((64, 96, 3))}, [])
+    files = ["--data", tmp_path, "--train-json", dataset.json_file, "--val-json", dataset.json_file]
+    done = run("evaluate.py", own_checkpoint, *files, "--picture", tmp_path / "p.png")
+    assert f"warning: {dataset.json_file}: AP is '-', because no image has an object to find" in done.stdout
+    table = done.stdout.splitlines()[-10:]
+    assert table[0].split() == ["student"] and all(line.split()[-1] == "-" for line in table[1:])
+    assert Image.open(tmp_path / "p.png").width > 3 * 96
+
+
+def test_a_validation_set_without_images_is_refused(make_dataset, own_checkpoint, tmp_path):
+    make_dataset({}, [])
+    (tmp_path / "instances.json").rename(tmp_path / "instances_train.json")
+    empty = tmp_path / "instances_val.json"
+    empty.write_text((tmp_path / "instances_train.json").read_text())
+    error = run("evaluate.py", own_checkpoint, "--data", tmp_path, code=2).stderr
+    assert error == f"error: cannot evaluate: {str(empty)!r} has no image; pass another --val-json\n"
+
+
+def test_a_picture_of_an_empty_set_has_its_captions_only(make_dataset):
+    dataset = make_dataset({}, [])
+    assert compare_predictions({}, dataset) == []
+    page = make_grid([], ["image", "ground truth"])
+    assert page.width > 200 and len(page.getcolors()) > 1
+
+
+def test_pictures_of_large_images_are_small(make_dataset):
+    dataset = make_dataset({1: np.zeros((900, 2000, 3))}, [])
+    [row] = compare_predictions({}, dataset)
+    assert [picture.size for picture in row] == [(1000, 450)] * 2
+
+
+@pytest.mark.parametrize("scale", [1, 3, 0.25])
+def test_masks_are_outlined_and_everything_else_is_dimmed(scale):
+    """A mask may be an array or an RLE. Lines have the same width relative to the picture."""
+    image, mask = Image.new("RGB", (400, 200), (100, 150, 200)), rectangle_mask(40, 80, 120, 240, (200, 400))
+    picture = draw_instances(image, [mask > 0], scale=scale, dim=0.5)
+    assert picture.tobytes() == draw_instances(image, [rle(mask)], scale=scale, dim=0.5).tobytes()
+    assert picture.size == (400 * scale, 200 * scale)
+    pixels = np.asarray(picture)
+    inside = np.zeros(pixels.shape[:2], dtype=bool)
+    inside[int(40 * scale) : int(120 * scale), int(80 * scale) : int(240 * scale)] = True
+    line = max(1, round(400 * scale / 600))
+    inner = np.zeros_like(inside)
+    inner[
+        int(40 * scale) + line : int(120 * scale) - line, int(80 * scale) + line : int(240 * scale) - line
+    ] = 1
+    assert (pixels[~inside] == (50, 75, 100)).all()
+    assert (pixels[inside & ~inner] == COLORS[0]).all()
+    assert (pixels[inner] == (100, 150, 200)).all()
+
+
+def test_lines_and_text_grow_with_the_picture():
+    def white(size):
+        mask = rectangle_mask(size // 4, size // 4, size // 2, size // 2, (size, size))
+        pixels = np.asarray(draw_instances(Image.new("RGB", (size, size)), [mask], ["a name"]))
+        return (pixels == 255).all(-1).mean()
+
+    assert white(3000) == pytest.approx(white(1200), rel=0.3)
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    "allocate, amount",
+    [
+        (lambda: torch.empty(2**50, dtype=torch.uint8), "1125899906842624 bytes of memory"),
+        (lambda: np.empty(2**50, dtype=np.uint8), "1.00 PiB of memory"),
+        (lambda: bytearray(2**60), "memory"),
+    ],
+)
+def test_too_little_memory_is_one_line_that_names_the_flags(allocate, amount, capsys):
+    with pytest.raises(SystemExit) as stop, expected_errors():
+        allocate()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: cannot allocate {amount}; use a smaller --batch, --test-size")
+    assert error.count("\n") == 1
+
+
+def test_too_little_memory_of_a_gpu_is_the_same_line(capsys):
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB"
+    with pytest.raises(SystemExit) as stop, expected_errors():
+        raise torch.OutOfMemoryError(message)
+    assert stop.value.code == 2 and "cannot allocate 2.00 GiB of memory; use" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ results
 
 
 def test_results_have_the_category_ids_of_the_dataset_and_no_empty_masks():

@@ -53,7 +53,8 @@ def draw_rows(run: Path, image_ids: list[int] | None = None) -> Iterator[list[Im
         weak, strong = view["image"], view.get("strong", view["image"])
         [pseudo] = predict_pseudo_labels(teacher, weak[None], cfg, CPU)
         drawings = [(weak, {}), (weak, pseudo), (strong, {})]
-        drawings += [(strong, predict_batch(student, [strong], None)[0], 0.5) for student in students]
+        predictions = [predict_batch(student, [strong], None, rle=False)[0] for student in students]
+        drawings += [(strong, prediction, 0.5) for prediction in predictions]
         yield [draw(data.train.class_names, *drawing) for drawing in drawings]
 
 

@@ -1,21 +1,22 @@
 """Predict the instances in any images, or write pseudo-labels that people can correct.
 
     python -m tools.predict runs/coco-0.01/distill.pt photos/ --out predictions/
-    python -m tools.predict runs/coco-0.01/distill.pt photos/ --pseudo-labels new_labels/
+    python -m tools.predict runs/tiles-1/distill.pt photos/ --tile 512      # trained on parts of such photos
+    python -m tools.predict runs/my_dataset-1/distill.pt photos/ --pseudo-labels to_correct/
 
-The first command writes a picture of each image with its instances, and results.json, a list of detections
-that pycocotools reads: original category ids, masks as RLE, and image ids that number the files.
+The first two commands write a picture of each image with its instances, and results.json, a list of
+detections that pycocotools reads: original category ids, masks as RLE, and image ids that number the files.
 
-The second command writes the teacher's pseudo-labels (burnin.pseudo_labels) to instances_train.json, with
-the most doubtful images first. After people have corrected it, the file and the images are a dataset to
-train on.
+The last command writes a dataset: the teacher's pseudo-labels (burnin.pseudo_labels), with the most doubtful
+images first, then the labels of the run. Train on it after people have corrected the pseudo-labels.
 
-One image is in memory at a time."""
+One image is in memory at a time, and one of its masks."""
 
-import dataclasses
+import functools
 import json
 import os
 import shlex
+import tempfile
 from pathlib import Path
 
 import torch
@@ -23,30 +24,38 @@ from PIL import Image
 from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
-from burnin import full_res_masks, mask_nms, pseudo_labels
-from data import DataError, read_image, to_tensor
+from burnin import mask_nms, pseudo_labels
+from data import (
+    CocoDataset,
+    DataError,
+    encode_rle,
+    read_image,
+    shortest_edge_size,
+    split_hash,
+    to_tensor,
+)
 from evaluate import (
+    CPU,
     add_model_arguments,
     coco_results,
+    encode_masks,
     model_settings,
     predict_image,
     resize_for_test,
+    upsample_masks,
     validation_set,
 )
 from interop.load import load_any_checkpoint
 from layouts.images import list_image_files
-from model import resize
+from tools.tiles import predict_tiles
 from training.checkpoint import check_classes, load_model
-from training.cli import Parser, add_data_flags, data_args, expected_errors, format_value
-from training.config import PRESETS, Config
+from training.cli import Parser, add_data_flags, data_args, expected_errors
+from training.config import Config
 from training.distributed import Env, autocast, warn_once, world_size
+from training.setup import Data, read_data
 from training.visualize import draw_predictions
 
-# Options that describe a run's data and start, which training on other data does not share. The values that
-# --scale-to-batch sets are in the other options.
-NOT_SHARED = "data data_args unlabeled labeled_list ratio preset out init_from"
-NOT_SHARED += " teacher_checkpoint student_checkpoint supervised_only device scale_to_batch"
-NOT_SHARED = set(NOT_SHARED.split())
+MAX_PICTURE_SIDE = 4000  # pixels
 
 
 def parse_arguments(argv=None):
@@ -55,18 +64,38 @@ def parse_arguments(argv=None):
     add("checkpoint", help="ours, the official Mask2Former's, or Hugging Face's")
     add("images", nargs="+", metavar="DIR|FILE", help="image files, and folders, searched recursively")
     add("--out", default="predictions", help="folder for pictures and results.json [predictions]")
-    add("--threshold", type=float, default=0.5, help="minimum score of an instance [0.5]")
+    threshold = "keep scores above this, in [0, 1) [0.5; --score-threshold of the run for --pseudo-labels]"
+    add("--threshold", type=float, help=threshold)
+    tile = "predict windows of N x N pixels and join them; N: the side of the training images"
+    add("--tile", type=int, metavar="N", help=tile)
     add("--pseudo-labels", metavar="DIR", help="write the teacher's pseudo-labels there, to correct them")
+    add("--overwrite", action="store_true", help="replace the files of an earlier call")
     add("--which", choices=("student", "teacher"), help="model to use [student; teacher for --pseudo-labels]")
-    add("--data", help="take names and ids of the classes from this dataset [from the checkpoint]")
+    add("--data", help="take the classes, and the labels of the run, from this dataset [from the checkpoint]")
     add_data_flags(parser)
     add_model_arguments(parser)
     return parser.parse_args(argv)
 
 
+def check_flags(flags) -> None:
+    """Raises ValueError for flags out of range, and for an output folder that is in use."""
+    if flags.threshold is not None and not 0 <= flags.threshold < 1:
+        raise ValueError(f"--threshold must be in [0, 1), found {flags.threshold:g}; 50 % is 0.5")
+    if flags.tile is not None and flags.tile < 32:
+        raise ValueError(f"--tile must be at least 32 pixels, found {flags.tile}")
+    if flags.tile and flags.pseudo_labels:
+        raise ValueError("--tile is for predictions; cut the images into tiles to label those")
+    flag, folder, file = "--out", flags.out, "results.json"
+    if flags.pseudo_labels:
+        flag, folder, file = "--pseudo-labels", flags.pseudo_labels, "instances_train.json"
+    if (Path(folder) / file).exists() and not flags.overwrite:
+        raise ValueError(f"{folder} has {file} already; pass another {flag}, or --overwrite to replace it")
+
+
 def main(argv=None) -> None:
     flags = parse_arguments(argv)
     with expected_errors():
+        check_flags(flags)
         checkpoint = load_any_checkpoint(flags.checkpoint)
         config = checkpoint.get("config", {})
         env, test_size = model_settings(flags, config)
@@ -78,23 +107,36 @@ def main(argv=None) -> None:
         if which == "teacher" and not has_teacher:
             raise ValueError(f"{flags.checkpoint} has only one model; use --which student")
         model = load_model(checkpoint, env.device, "model" if which == "student" else "teacher")
-        categories = find_categories(checkpoint, flags)
+        pixel_range = checkpoint.get("pixel_range")  # of the training images, if they have more than 8 bits
         files = find_images(flags.images)
         if flags.pseudo_labels:
-            out = Path(flags.pseudo_labels)
-            folder = write_pseudo_labels(model, files, categories, out, env, test_size, config)
-            print(f"to train on them after correction: {training_command(config, out, folder)}")
+            run = read_run(checkpoint, flags) if config.get("data") else None
+            categories = find_categories(checkpoint, flags, run)
+            names = ("score_threshold", "min_area", "mask_nms_iou")
+            options = {name: config[name] for name in names if name in config}
+            if flags.threshold is not None:
+                options["score_threshold"] = flags.threshold
+            predict = functools.partial(find_pseudo_labels, model, env=env, test_size=test_size, **options)
+            write_pseudo_labels(predict, files, categories, Path(flags.pseudo_labels), run, pixel_range)
+            print_training_commands(flags, run)
         else:
-            write_predictions(model, files, categories, Path(flags.out), env, test_size, flags.threshold)
+            threshold = 0.5 if flags.threshold is None else flags.threshold
+            predict = functools.partial(predict_above, threshold, model, env=env, test_size=test_size)
+            if flags.tile:
+                predict, test_size = functools.partial(predict_tiles, predict, side=flags.tile), None
+            categories = find_categories(checkpoint, flags)
+            write_predictions(predict, files, categories, Path(flags.out), test_size, pixel_range)
 
 
-def find_categories(checkpoint: dict, flags) -> list[dict]:
-    """Return the categories of a checkpoint or of --data in COCO's form, in the order of labels. Raises
-    ValueError if both have different classes."""
+def find_categories(checkpoint: dict, flags, run: Data | None = None) -> list[dict]:
+    """Return the categories of a run, a checkpoint or --data in COCO's form, in the order of labels. Raises
+    ValueError if --data has other classes than the checkpoint."""
     K = checkpoint["model_args"]["num_classes"]
     names = checkpoint.get("class_names") or [f"class {k}" for k in range(K)]
     ids = checkpoint.get("category_ids") or list(range(1, K + 1))
-    if flags.data or data_args(vars(flags)):
+    if run:
+        names, ids = run.train.class_names, run.train.category_ids
+    elif flags.data or data_args(vars(flags)):
         dataset = validation_set(flags, {})
         check_classes(checkpoint, dataset.class_names)
         names, ids = dataset.class_names, dataset.category_ids
@@ -115,13 +157,15 @@ def find_images(places: list[str]) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
-def read_images(files: list[Path]):
+def read_images(files: list[Path], pixel_range=None):
     """Yield (number, file, image) of the images that can be read, and warn about the others. Raises
-    DataError at the end if none could be read."""
+    DataError at the end if none could be read.
+
+    pixel_range: of the training images, see data.read_image."""
     unreadable = 0
     for number, file in enumerate(tqdm(files, desc="images", disable=None), start=1):
         try:
-            image = read_image(file)
+            image = read_image(file, pixel_range=pixel_range)
         except DataError as error:
             unreadable += 1
             warn_once(f"{error}; skipping it")
@@ -131,22 +175,40 @@ def read_images(files: list[Path]):
         raise DataError(f"none of the {len(files)} images can be read")
 
 
-def write_predictions(model, files, categories, out: Path, env: Env, test_size, threshold: float) -> None:
-    """Write out/<number>-<name>.jpg with the instances whose score is above the threshold, and
-    out/results.json with the same instances in COCO's result form. out/images.json is a COCO file without
-    annotations, for COCO("images.json").loadRes("results.json")."""
+def predict_above(threshold: float, model, image: Image.Image, **kwargs) -> dict:
+    """Return the instances of an image (evaluate.predict_image) with a score above the threshold."""
+    result = predict_image(model, image, **kwargs)
+    count = int((result["scores"] > threshold).sum())  # the best come first
+    return {name: values[:count] for name, values in result.items()}
+
+
+def write_predictions(predict, files, categories, out: Path, test_size=None, pixel_range=None) -> None:
+    """Write out/<number>-<name>.jpg with the instances of each image, and out/results.json with the same
+    instances in COCO's result form. out/images.json is a COCO file without annotations, for
+    COCO("images.json").loadRes("results.json").
+
+    Args:
+        predict: from an image to {"scores", "labels", "rles"}.
+        test_size: to which whole images are resized, for a warning if little remains of one."""
     out.mkdir(parents=True, exist_ok=True)
     category_ids, class_names = zip(*((category["id"], category["name"]) for category in categories))
     count, images = 0, []
     with open(out / "results.json", "w") as results:
-        for number, file, image in read_images(files):
-            predictions = predict_image(model, image, env, test_size=test_size)
-            keep = predictions["scores"] > threshold
-            predictions = {name: values[keep] for name, values in predictions.items()}
+        for number, file, image in read_images(files, pixel_range):
+            height = shortest_edge_size(image.height, image.width, *test_size or (0, 0))[0]
+            if height < image.height / 4:
+                warn_once(
+                    f"{str(file)!r} of {image.height} x {image.width} pixels is {height} pixels high for the "
+                    "model, so small objects get lost; if the training images were smaller, pass --tile and "
+                    "their side"
+                )
+                test_size = None  # One such line is enough.
+            predictions = predict(image)
             for result in coco_results(number, predictions, category_ids):
                 results.write(("," if count else "[") + "\n" + json.dumps(to_json(result)))
                 count += 1
-            picture = draw_predictions(image, predictions, class_names, threshold, dim=0.5)
+            scale = min(1, MAX_PICTURE_SIDE / max(image.size))
+            picture = draw_predictions(image, predictions, class_names, 0, scale=scale, dim=0.5)
             picture.save(out / f"{number:06}-{file.stem}.jpg", quality=90)
             images.append(image_entry(number, str(file), image))
         results.write("\n]\n" if count else "[]\n")
@@ -155,61 +217,141 @@ def write_predictions(model, files, categories, out: Path, env: Env, test_size, 
 
 
 @torch.no_grad()
-def write_pseudo_labels(model, files, categories, out: Path, env: Env, test_size, config: dict) -> Path:
-    """Write out/instances_train.json with the pseudo-labels of images.
+def find_pseudo_labels(
+    model, image: Image.Image, *, env: Env, test_size, score_threshold=0.7, min_area=5, mask_nms_iou=1.0
+) -> dict:
+    """Return the pseudo-labels of an image {"scores" (N,), "labels" (N,), "rles"}, and "highest", the highest
+    class probability of a query. Masks have the resolution of the image, because people will correct them."""
+    resized = resize_for_test(image, test_size)
+    with autocast(env):
+        outputs = model(to_tensor(resized)[None].to(env.device))
+    [pseudo] = mask_nms(pseudo_labels(outputs, score_threshold, min_area), mask_nms_iou)
+    result = {"scores": pseudo["scores"], "labels": pseudo["labels"], "rles": []}
+    result["highest"] = float(outputs["pred_logits"].float().softmax(-1)[..., :-1].max())
+    if len(pseudo["scores"]):
+        sizes = (resized.height, resized.width), (image.height, image.width)
+        for masks, _ in upsample_masks(pseudo["mask_logits"], *sizes):
+            result["rles"] += encode_masks(masks)
+    return result
 
-    Besides COCO's keys, annotations have a "score" and images a "doubt": 1 minus the lowest score of their
-    pseudo-labels, or the highest class probability of a query if they have none. Images with the highest
-    doubt come first.
 
-    config: of the training run, for the options of pseudo-labels; {} for a checkpoint of other code.
-    Returns the folder that the file names start from."""
-    out.mkdir(parents=True, exist_ok=True)
+def write_pseudo_labels(predict, files, categories, out: Path, run: Data | None, pixel_range=None) -> None:
+    """Write a dataset to a folder: out/instances_train.json has the pseudo-labels of images and the labels of
+    a run, out/instances_val.json the validation set of the run. out/images has links to the image folders.
+
+    Besides COCO's keys, pseudo-labels have a "score" and new images a "doubt": 1 minus the lowest score of
+    their pseudo-labels, or the highest class probability of a query if they have none. Images with the
+    highest doubt come first, and those of the run last. Images that the run has labels for are left out.
+
+    Args:
+        predict: as `find_pseudo_labels`, from an image alone.
+        run: the data of the training run; None for a checkpoint of other code."""
+    files = without_labeled(files, run)
     folder = Path(os.path.commonpath([file.parent for file in files]))
-    options = {name: config[name] for name in ("score_threshold", "min_area") if name in config}
+    link(out / "images/new", folder)
     category_ids = [category["id"] for category in categories]
     images, annotations = [], []
-    for number, file, image in read_images(files):
-        resized = resize_for_test(image, test_size)
-        with autocast(env):
-            outputs = model(to_tensor(resized)[None].to(env.device))
-        targets = mask_nms(pseudo_labels(outputs, **options), config.get("mask_nms_iou", 1.0))
-        [pseudo] = full_res_masks(targets)  # fine masks, because people will correct them
-        masks = pseudo["masks"][None, :, : resized.height, : resized.width].float()
-        if masks.shape[1]:
-            masks = resize(masks, (image.height, image.width))
-        for result in coco_results(number, {**pseudo, "masks": masks[0] > 0.5}, category_ids):
-            area = int(rle_tools.area(result["segmentation"]))
-            bbox = rle_tools.toBbox(result["segmentation"]).tolist()
-            keys = {"id": len(annotations) + 1, "iscrowd": 0, "area": area, "bbox": bbox}
-            annotations.append({**to_json(result), **keys})
-        if len(pseudo["scores"]):
-            doubt = 1 - float(pseudo["scores"].min())
-        else:
-            doubt = float(outputs["pred_logits"].float().softmax(-1)[..., :-1].max())
-        name = str(file.relative_to(folder))
+    for number, file, image in read_images(files, pixel_range):
+        result = predict(image)
+        for pseudo in coco_results(number, result, category_ids):
+            annotations.append({"id": len(annotations) + 1, **with_box(to_json(pseudo))})
+        doubt = 1 - float(result["scores"].min()) if len(result["scores"]) else result["highest"]
+        name = f"new/{file.relative_to(folder)}"
         images.append({**image_entry(number, name, image), "doubt": round(doubt, 4)})
     images.sort(key=lambda entry: -entry["doubt"])
     position = {entry["id"]: number for number, entry in enumerate(images)}
     annotations.sort(key=lambda entry: (position[entry["image_id"]], entry["score"]))
+    count = f"{len(annotations)} pseudo-labels of {len(images)} new images"
+    if not annotations:
+        highest = f"the highest score is {images[0]['doubt']:.2f}"
+        advice = "pass a --threshold below it, or train the teacher longer"
+        print(f"warning: no prediction became a pseudo-label, {highest}; {advice}")
+    if run:
+        link(out / "images/train", run.train.image_folder)
+        content = coco_entries(run.train, run.labeled, "train", len(files) + 1, len(annotations) + 1)
+        images, annotations = images + content[0], annotations + content[1]
+        count += f", {len(content[1])} labels of {len(content[0])} labeled images"
+        if run.val:
+            link(out / "images/val", run.val.image_folder)
+            content = coco_entries(run.val, run.val.image_ids, "val")
+            write_coco(out / "instances_val.json", *content, categories)
     write_coco(out / "instances_train.json", images, annotations, categories)
-    print(f"{len(annotations)} pseudo-labels of {len(images)} images -> {out / 'instances_train.json'}")
-    return folder
+    print(f"{count} -> {out / 'instances_train.json'}")
 
 
-def training_command(config: dict, data, images) -> str:
-    """Return the command that trains on a dataset with the options of another run.
+def without_labeled(files: list[Path], run: Data | None) -> list[Path]:
+    """Leave out the labeled images of a run and its validation images. Raises DataError if none remain."""
+    if not run:
+        return files
+    known = [run.train.path(image_id) for image_id in run.labeled]
+    known += [run.val.path(image_id) for image_id in run.val.image_ids] if run.val else []
+    known = set(map(os.path.realpath, known))
+    new = [file for file in files if str(file) not in known]
+    if len(new) < len(files):
+        number = len(files) - len(new)
+        print(f"warning: skipping {number} images that are labeled in the run or in its validation set")
+    if not new:
+        raise DataError("cannot write pseudo-labels: no image is left; pass images that have no labels")
+    return new
 
-    config: of that run; {} for a checkpoint of other code. data, images: the folder of the annotations, and
-    that of the images."""
-    words = ["python", "distill.py", "--data", str(data), "--image-folder", str(images), "--ratio", "1"]
-    if "preset" in config:
-        words += ["--preset", config["preset"]]
-        preset = dataclasses.asdict(Config(**PRESETS[config["preset"]]))
-        for name, value in config.items():
-            if name not in NOT_SHARED and name in preset and value != preset[name]:
-                words += ["--" + name.replace("_", "-"), format_value(value)]
-    return shlex.join(words)
+
+def read_run(checkpoint: dict, flags) -> Data:
+    """Read the data that a checkpoint was trained on, or the same from --data. Raises ValueError if other
+    images are labeled there."""
+    config = checkpoint["config"]
+    data = flags.data or config["data"]
+    reading = (config.get("data_args") or {} if data == config["data"] else {}) | data_args(vars(flags))
+    with tempfile.TemporaryDirectory() as out:  # reading the data reserves the folder of a run
+        changes = {"out": out, "data": data, "data_args": reading, "unlabeled": None}
+        cfg = Config(**config | changes)
+        cfg.given = frozenset(config)
+        run = read_data(cfg, CPU)
+    check_classes(checkpoint, run.train.class_names)
+    if checkpoint.get("split") not in (None, split_hash(run.labeled)):
+        raise ValueError(f"{flags.checkpoint} was trained on other labeled images than {data}'s; pass --data")
+    return run
+
+
+def coco_entries(
+    dataset: CocoDataset, image_ids, folder: str, image_number: int = 1, annotation_number: int = 1
+) -> tuple[list[dict], list[dict]]:
+    """Return images of a dataset and their annotations, numbered from the given numbers on. The names of the
+    files start with a folder."""
+    images, annotations = [], []
+    for number, image_id in enumerate(image_ids, start=image_number):
+        H, W = dataset.size(image_id)
+        name = f"{folder}/{dataset.file_name(image_id)}"
+        images.append({"id": number, "file_name": name, "width": W, "height": H})
+        for annotation in dataset.annotations(image_id):
+            numbers = {"id": annotation_number + len(annotations), "image_id": number}
+            annotations.append(with_box({**annotation, **numbers}, H, W))
+    return images, annotations
+
+
+def with_box(annotation: dict, H: int = 0, W: int = 0) -> dict:
+    """Add what annotation tools read: "bbox", and "iscrowd" and "area" if they are missing. H, W: size of the
+    image, for polygons."""
+    rle = encode_rle(annotation["segmentation"], H, W)
+    area = annotation.get("area") or int(rle_tools.area(rle))
+    return {"iscrowd": 0, **annotation, "area": area, "bbox": rle_tools.toBbox(rle).tolist()}
+
+
+def link(path: Path, folder: Path) -> None:
+    """Make path a symbolic link to a folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(folder.resolve(), target_is_directory=True)
+
+
+def print_training_commands(flags, run: Data | None) -> None:
+    """Print the commands that train on the corrected pseudo-labels: from the start, and with a teacher that
+    is there already."""
+    words = ["python", "distill.py", "--data", flags.pseudo_labels, "--ratio", "1"]
+    words += ["--settings-from", flags.checkpoint] if run else []
+    teacher = Path(flags.checkpoint).with_name("teacher.pt")
+    teacher = str(teacher) if run and teacher.exists() else flags.checkpoint
+    print(f"to train on them after correction: {shlex.join(words)}")
+    print(f"with the teacher of the last run: {shlex.join([*words, '--teacher-checkpoint', teacher])}")
 
 
 def to_json(result: dict) -> dict:

@@ -209,13 +209,18 @@ def exit_with_error(message, code: int = 2) -> NoReturn:
 
 @contextlib.contextmanager
 def expected_errors(kinds=(ValueError, OSError)):
-    """Turn expected errors (bad flags or files, dead workers or peers) into a one-line message without a
-    traceback."""
+    """Turn expected errors (bad flags or files, too little memory, dead workers or peers) into a one-line
+    message without a traceback."""
     try:
         yield
     except kinds as error:
         exit_with_error(error)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = re.search(r"out of memory|can't allocate memory|not enough memory", str(error))
+        if out_of_memory or isinstance(error, MemoryError):
+            size = re.search(r"allocate ([\d.]+ \w+)", str(error))
+            advice = "use a smaller --batch, --test-size or --crop, or more --grad-accum-steps"
+            exit_with_error(f"cannot allocate {size[1] + ' of ' if size else ''}memory; {advice}")
         if re.match(r"DataLoader (worker \(pid|timed out)", str(error)):
             exit_with_error(f"cannot load data: {error}; fewer --workers need less memory")
         if re.search(r"Connection (closed|reset) by peer|Broken pipe", str(error)):
