@@ -17,7 +17,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 import distill
 import evaluate
 from interop.legacy import upgrade_checkpoint
-from interop.load import _read_file, infer_model_args, load_any_checkpoint, load_partial
+from interop.load import infer_model_args, load_any_checkpoint, load_partial, read_file
 from interop.names import OFFICIAL, OURS, convert_state_dict, translate_state_dict
 from model import Mask2Former
 from tools import export
@@ -207,7 +207,7 @@ def test_arrays_of_every_kind_come_out_of_a_pickle_as_they_went_in(tmp_path, dty
     scalar = np.array(3, dtype=dtype)
     for protocol in range(6):
         (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a": array, "b": [scalar], "c": scalar}, protocol))
-        found = _read_file(tmp_path / "a.pkl")
+        found = read_file(tmp_path / "a.pkl")
         assert np.array_equal(found["a"].numpy(), array) and found["c"].item() == scalar
 
 
