@@ -234,19 +234,20 @@ def build_backbone(
         kwargs = {"dynamic_img_size": True, **kwargs}
     if name.startswith("swin_"):  # shifted windows in every stage, the paper's stochastic depth
         kwargs = {"always_partition": True, "drop_path_rate": 0.3, **kwargs}
-    with torch.device("meta"):
-        strides = timm.create_model(name, features_only=True, **kwargs).feature_info.reduction()
-    is_plain = len(set(strides)) == 1
+    patch, *others = {info["reduction"] for info in meta_model.feature_info}
+    is_plain = not others
     if is_plain:
         kwargs = {"num_classes": 0, **kwargs}
-    elif set(STRIDES) <= set(strides):
+    else:
+        with torch.device("meta"):
+            strides = timm.create_model(name, features_only=True, **kwargs).feature_info.reduction()
+        if not set(STRIDES) <= set(strides):
+            raise ValueError(f"backbone {name!r} has feature maps at strides {strides}, needed are {STRIDES}")
         last = [len(strides) - 1 - strides[::-1].index(s) for s in STRIDES]  # the last map of each stride
         kwargs = {**kwargs, "features_only": True, "out_indices": last}
-    else:
-        raise ValueError(f"backbone {name!r} has feature maps at strides {strides}, needed are {STRIDES}")
     with torch.device("meta"):
         meta_body = timm.create_model(name, **kwargs)
-        multiple = find_size_multiple(name, meta_body, strides[0] if is_plain else None)
+        multiple = find_size_multiple(name, meta_body, patch if is_plain else None)
     if pretrained and weights is None:
         body = download_pretrained(name, **kwargs)
     else:
@@ -254,7 +255,7 @@ def build_backbone(
     if weights is not None:
         load_backbone_weights(name, body, meta_model, weights)
     if is_plain:
-        return PlainViT(body, strides[0])
+        return PlainViT(body, patch)
     if norm == "frozen":
         body = timm.layers.freeze_batch_norm_2d(body)
         fold_frozen_batch_norms(body)
@@ -313,7 +314,7 @@ def download_pretrained(name: str, **kwargs) -> nn.Module:
         return timm.create_model(name, pretrained=True, **kwargs)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the pretrained weights of {name!r} do not fit backbone_args: {reason}") from None
+        raise ValueError(f"cannot use the pretrained weights of {name!r}: {reason}") from None
     except Exception as error:  # The clients for downloads raise errors of many kinds.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise ValueError(

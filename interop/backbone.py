@@ -23,6 +23,7 @@ _PREFIXES = (
     "backbone.",
     "bottom_up.",
     "encoder.",
+    "body.",
 )
 _STD = 57.375, 57.12, 58.395  # of ImageNet's blue, green, red in 0..255, which our models divide by
 _CAFFE2_LAYERS = {"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"}
