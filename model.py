@@ -341,8 +341,8 @@ def check_connection(url: str) -> None:
     thread = threading.Thread(target=connect, daemon=True)  # No timeout of a client bounds a DNS lookup.
     thread.start()
     thread.join(CONNECTION_TIMEOUT)
-    if errors:
-        raise errors[0]
+    for error in errors:
+        raise error
 
 
 def load_backbone_weights(name: str, body: nn.Module, meta_model: nn.Module, weights: str | Mapping) -> None:
@@ -356,7 +356,7 @@ def load_backbone_weights(name: str, body: nn.Module, meta_model: nn.Module, wei
     Raises ValueError if a tensor is missing or has another shape, or if the model lacks one."""
 
     def flatten(names):
-        return {key.removeprefix("model.").replace(".", "_"): key for key in names}
+        return {key.removeprefix("model.").removeprefix("body.").replace(".", "_"): key for key in names}
 
     if not isinstance(weights, Mapping):
         weights = timm.models.load_state_dict(weights)
