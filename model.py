@@ -24,9 +24,15 @@ Letters in shapes: B images, C hidden_dim, H W pixels of the padded images, h w 
 Q queries, M heads, D = C/M, L levels (strides 32, 16, 8 in this order), P points, S = sum of H_l * W_l over
 the levels, N queries of an attention layer."""
 
+import contextlib
+import inspect
+import io
+import logging
 import math
+import threading
 from collections.abc import Iterator, Mapping
 
+import huggingface_hub  # comes with timm
 import timm
 import torch
 import torch.nn.functional as F
@@ -49,6 +55,7 @@ except ImportError:  # The file is not there.
 
 
 STRIDES = (4, 8, 16, 32)
+CONNECTION_TIMEOUT = 8.0  # seconds within which a server for pretrained weights must answer
 BACKBONES = {  # The paper's names, and the timm models with the paper's pretraining.
     "resnet50": "resnet50.tv_in1k",
     "resnet101": "resnet101.tv_in1k",
@@ -59,6 +66,14 @@ BACKBONES = {  # The paper's names, and the timm models with the paper's pretrai
     "deit_b": "deit_base_patch16_384.fb_in1k",
     "dinov2_b": "vit_base_patch14_dinov2.lvd142m",
     "dinov2_l": "vit_large_patch14_dinov2.lvd142m",
+    # Newer than the paper.
+    "dinov3_s": "vit_small_patch16_dinov3.lvd1689m",
+    "dinov3_b": "vit_base_patch16_dinov3.lvd1689m",
+    "dinov3_l": "vit_large_patch16_dinov3.lvd1689m",
+    "dinov3_convnext_t": "convnext_tiny.dinov3_lvd1689m",
+    "dinov3_convnext_s": "convnext_small.dinov3_lvd1689m",
+    "dinov3_convnext_b": "convnext_base.dinov3_lvd1689m",
+    "dinov3_convnext_l": "convnext_large.dinov3_lvd1689m",
 }
 
 
@@ -67,19 +82,21 @@ class Mask2Former(nn.Module):
 
     Args:
         num_classes: K, without "no object", which is the last class logit (index K).
-        backbone: a name of BACKBONES, or a timm model. It must take images of any size, and be a plain ViT or
-            have feature maps at strides 4, 8, 16, 32.
-        pretrained: load timm's ImageNet weights (downloads them).
+        backbone: a name of BACKBONES, or a timm model. It must take images of any size, and be a plain ViT
+            (all feature maps at one stride) or have feature maps at strides 4, 8, 16, 32.
+        pretrained: load timm's pretrained weights (downloads them).
         num_queries, hidden_dim, num_heads: Q, C, M. C must be a multiple of 4 and of M.
         encoder_layers, encoder_ffn: deformable attention layers of the pixel decoder, width of their FFN.
         decoder_layers, decoder_ffn: layers of the transformer decoder, width of their FFN.
         norm: the backbone's batch norms. "frozen": statistics and affine parameters keep their pretrained
             values. "batch": they are trained. "group": group norms replace them, for training from scratch.
-        backbone_weights: load this local file with timm's parameter names instead of a download.
+        backbone_weights: load these instead of a download: a local file or a state dict with timm's
+            parameter names, or with those of the backbone's authors if timm converts them.
         backbone_args: further keyword arguments of timm.create_model.
         pixel_mean, pixel_std: three numbers in 0..255, in the order RGB. None takes them from timm's config.
 
-    Raises ValueError for an unknown backbone or norm, or a hidden_dim that does not fit."""
+    Raises ValueError for an unknown backbone or norm, a backbone or weights that do not fit, a download that
+    fails, or a hidden_dim that does not fit."""
 
     def __init__(
         self,
@@ -95,7 +112,7 @@ class Mask2Former(nn.Module):
         decoder_layers: int = 9,
         decoder_ffn: int = 2048,
         norm: str = "frozen",
-        backbone_weights: str | None = None,
+        backbone_weights: str | Mapping | None = None,
         backbone_args: dict | None = None,
         pixel_mean: list[float] | None = None,
         pixel_std: list[float] | None = None,
@@ -193,15 +210,19 @@ class Outputs(Mapping):
 
 
 def build_backbone(
-    name: str, pretrained: bool = False, weights: str | None = None, norm: str = "frozen", **kwargs
+    name: str,
+    pretrained: bool = False,
+    weights: str | Mapping | None = None,
+    norm: str = "frozen",
+    **kwargs,
 ) -> nn.Module:
     """Build a timm model with feature maps at strides 4, 8, 16, 32.
 
     Args: as for `Mask2Former`; kwargs go to timm.create_model.
     Returns a `FeaturePyramid` or `PlainViT`: images (B, 3, H, W), H and W multiples of 32 -> four feature
     maps (B, channels, H / stride, W / stride).
-    Raises ValueError for an unknown name or norm, a file with other weights, or a model without these
-    strides."""
+    Raises ValueError for an unknown name or norm, a model without these strides or for images of one size
+    only, weights of another model, or a download that fails."""
     name = BACKBONES.get(name, name)
     if norm not in ("frozen", "batch", "group"):
         raise ValueError(f"unknown norm {norm!r}: one of frozen, batch, group")
@@ -209,25 +230,32 @@ def build_backbone(
         raise ValueError(f"unknown backbone {name!r}: one of {', '.join(BACKBONES)}, or any timm model")
     with torch.device("meta"):  # Inspect the model without allocating it.
         meta_model = timm.create_model(name, **kwargs)
-    if weights is not None:
-        needed, found = meta_model.state_dict().keys(), timm.models.load_state_dict(weights).keys()
-        if 2 * len(needed & found) < len(needed):  # timm would only warn.
-            raise ValueError(f"{weights} has {len(needed & found)} of the {len(needed)} tensors of {name}")
-        pretrained, kwargs["pretrained_cfg_overlay"] = True, {"file": weights}
-    if isinstance(meta_model, timm.models.VisionTransformer):
-        kwargs = {"dynamic_img_size": True, "num_classes": 0, **kwargs}
-        body = timm.create_model(name, pretrained=pretrained, **kwargs)
-        body.attn_pool, body.fc_norm = None, nn.Identity()  # These belong to the classifier and stay unused.
-        return PlainViT(body)
-    # Swin: any image size, shifted windows in every stage, the paper's stochastic depth.
-    if name.startswith("swin_"):
-        kwargs = {"strict_img_size": False, "always_partition": True, "drop_path_rate": 0.3, **kwargs}
+    if "dynamic_img_size" in inspect.signature(type(meta_model)).parameters:
+        kwargs = {"dynamic_img_size": True, **kwargs}
+    if name.startswith("swin_"):  # shifted windows in every stage, the paper's stochastic depth
+        kwargs = {"always_partition": True, "drop_path_rate": 0.3, **kwargs}
+    patch, *others = {info["reduction"] for info in meta_model.feature_info}
+    is_plain = not others
+    if is_plain:
+        kwargs = {"num_classes": 0, **kwargs}
+    else:
+        with torch.device("meta"):
+            strides = timm.create_model(name, features_only=True, **kwargs).feature_info.reduction()
+        if not set(STRIDES) <= set(strides):
+            raise ValueError(f"backbone {name!r} has feature maps at strides {strides}, needed are {STRIDES}")
+        last = [len(strides) - 1 - strides[::-1].index(s) for s in STRIDES]  # the last map of each stride
+        kwargs = {**kwargs, "features_only": True, "out_indices": last}
     with torch.device("meta"):
-        strides = timm.create_model(name, features_only=True, **kwargs).feature_info.reduction()
-    if not set(STRIDES) <= set(strides):
-        raise ValueError(f"backbone {name!r} has feature maps at strides {strides}, needed are {STRIDES}")
-    indices = [len(strides) - 1 - strides[::-1].index(s) for s in STRIDES]  # the last map of each stride
-    body = timm.create_model(name, pretrained=pretrained, features_only=True, out_indices=indices, **kwargs)
+        meta_body = timm.create_model(name, **kwargs)
+        multiple = find_size_multiple(name, meta_body, patch if is_plain else None)
+    if pretrained and weights is None:
+        body = download_pretrained(name, **kwargs)
+    else:
+        body = timm.create_model(name, **kwargs)
+    if weights is not None:
+        load_backbone_weights(name, body, meta_model, weights)
+    if is_plain:
+        return PlainViT(body, patch)
     if norm == "frozen":
         body = timm.layers.freeze_batch_norm_2d(body)
         fold_frozen_batch_norms(body)
@@ -236,7 +264,127 @@ def build_backbone(
     for module in body.modules():
         if isinstance(module, SwinTransformerBlock):
             module.__class__ = SwinBlockPadFirst  # the parameters and their names stay
-    return FeaturePyramid(body)
+    return FeaturePyramid(body, multiple)
+
+
+def find_size_multiple(name: str, meta_body: nn.Module, patch: int | None) -> int:
+    """Return what the sides of images must be multiples of: 32, or the size that the model was made for, as
+    for the windows of a MaxViT. Raises ValueError if it takes no other size."""
+    native = max(timm.data.resolve_model_data_config(meta_body)["input_size"])
+    H, W, problems = 32 * (native // 32 + 2), 160, []  # no side is a multiple of the native size
+    for multiple in (32, native) if native % 32 == 0 else (32,):
+        backbone = PlainViT(meta_body, patch) if patch else FeaturePyramid(meta_body, multiple)
+        try:
+            with torch.no_grad():
+                sizes = [tuple(x.shape[2:]) for x in backbone.eval()(torch.empty(2, 3, H, W))]
+            if sizes == [(H // s, W // s) for s in STRIDES]:
+                return multiple
+            problems.append(f"its feature maps would be {sizes}")
+        except (AssertionError, RuntimeError, ValueError) as error:
+            problems.append(" ".join(str(error).split())[:100])
+    raise ValueError(
+        f"backbone {name!r} takes images of {native} x {native}, but not of {H} x {W} ({problems[0]}); "
+        "choose one that takes any size, such as resnet50, swin_t or dinov3_s"
+    )
+
+
+def download_pretrained(name: str, **kwargs) -> nn.Module:
+    """Call timm.create_model with pretrained=True.
+
+    Raises ValueError for a download that fails. If there is no network, and the file is not in the cache, it
+    is raised within ten seconds; huggingface_hub alone would retry for minutes."""
+    config = timm.get_pretrained_cfg(name)
+    scratch = "train from scratch with pretrained=False (--pretrained false)"
+    if config is None or not (config.hf_hub_id or config.url):
+        raise ValueError(f"timm has no pretrained weights of {name!r}; {scratch}")
+    repo, _, revision = (config.hf_hub_id or "").partition("@")
+    file = config.hf_hub_filename or "model.safetensors"
+    page = f"{file} from {huggingface_hub.constants.ENDPOINT}/{repo}" if repo else config.url
+    logger = logging.getLogger("timm")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # It warns of the classifier, which no feature map needs.
+    try:
+        if repo:
+            names = {file, config.hf_hub_filename or "pytorch_model.bin"}
+            cached = [
+                huggingface_hub.try_to_load_from_cache(repo, f, revision=revision or None) for f in names
+            ]
+            if not any(isinstance(path, str) for path in cached):
+                check_connection(huggingface_hub.hf_hub_url(repo, file, revision=revision or None))
+        return timm.create_model(name, pretrained=True, **kwargs)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"cannot use the pretrained weights of {name!r}: {reason}") from None
+    except Exception as error:  # The clients for downloads raise errors of many kinds.
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise ValueError(
+            f"cannot download the pretrained weights of {name!r} ({reason}); download {page} elsewhere and "
+            f"pass it as backbone_weights (--backbone-weights), or {scratch}"
+        ) from None
+    finally:
+        logger.setLevel(level)
+
+
+def check_connection(url: str) -> None:
+    """Raise the error of a connection that gets no answer in time. An answer may be an error."""
+    errors = [TimeoutError(f"no answer in {CONNECTION_TIMEOUT:g} seconds")]
+
+    def connect():
+        try:
+            huggingface_hub.get_hf_file_metadata(url)
+            errors.clear()
+        except huggingface_hub.errors.HfHubHTTPError:
+            errors.clear()
+        except Exception as error:
+            errors[:] = [error]
+
+    thread = threading.Thread(target=connect, daemon=True)  # No timeout of a client bounds a DNS lookup.
+    thread.start()
+    thread.join(CONNECTION_TIMEOUT)
+    for error in errors:
+        raise error
+
+
+def load_backbone_weights(name: str, body: nn.Module, meta_model: nn.Module, weights: str | Mapping) -> None:
+    """Load pretrained weights into a timm model, or into its feature extractor.
+
+    Args:
+        body: a feature extractor has flattened names, as "layers_0", and no classifier.
+        meta_model: the same model without feature extraction.
+        weights: a file or a state dict.
+
+    Raises ValueError if a tensor is missing or has another shape, or if the model lacks one."""
+
+    def flatten(names):
+        return {key.removeprefix("model.").removeprefix("body.").replace(".", "_"): key for key in names}
+
+    if not isinstance(weights, Mapping):
+        weights = timm.models.load_state_dict(weights)
+    convert = getattr(inspect.getmodule(type(meta_model)), "checkpoint_filter_fn", None)
+    if convert:
+        with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
+            weights = convert(dict(weights), meta_model)  # If this fails, the checks below explain why.
+    source, loaded = flatten(weights), {}
+    target = {key: value for key, value in body.state_dict().items() if "num_batches_tracked" not in key}
+    missing = flatten(target).keys() - source.keys()
+    if missing:
+        raise ValueError(
+            f"{len(target) - len(missing)} of the {len(target)} tensors of {name!r} are there; "
+            f"{flatten(target)[min(missing)]!r} is missing"
+        )
+    for key in sorted(source.keys() - flatten(meta_model.state_dict()).keys()):
+        if not key.startswith(("head", "fc_", "classifier", "mask_token")):
+            raise ValueError(
+                f"there is a tensor {source[key][:100]!r}, which {name!r} does not have; choose the "
+                "backbone that the weights belong to"
+            )
+    for key, flat_key in zip(target, flatten(target)):
+        loaded[key] = weights[source[flat_key]]
+        if loaded[key].shape != target[key].shape:
+            shapes = f"{tuple(loaded[key].shape)}, that of {name!r} is {tuple(target[key].shape)}"
+            raise ValueError(f"the tensor {key!r} is {shapes}")
+    if not next(body.parameters()).is_meta:
+        body.load_state_dict(loaded, strict=False)
 
 
 class SwinBlockPadFirst(SwinTransformerBlock):
@@ -253,18 +401,24 @@ class SwinBlockPadFirst(SwinTransformerBlock):
 
 
 class FeaturePyramid(nn.Module):
-    """Wrap a timm model with feature maps. Swin's maps have channels last, and each gets a layer norm."""
+    """Wrap a timm model with feature maps. Swin's maps have channels last, and each gets a layer norm. Images
+    are padded right and below to sides that are multiples of `multiple`, if the model needs that."""
 
-    def __init__(self, body: nn.Module):
+    def __init__(self, body: nn.Module, multiple: int = STRIDES[-1]):
         super().__init__()
-        self.body, self.channels = body, body.feature_info.channels()
+        self.body, self.channels, self.multiple = body, body.feature_info.channels(), multiple
         self.channels_last = getattr(body, "output_fmt", "NCHW") == "NHWC"
         self.norms = nn.ModuleList(nn.LayerNorm(C) for C in self.channels if self.channels_last)
 
     def forward(self, images: Tensor) -> list[Tensor]:
+        H, W = images.shape[2:]
+        if self.multiple != STRIDES[-1]:
+            images = F.pad(images, (0, -W % self.multiple, 0, -H % self.multiple))
         features = self.body(images)
         if self.channels_last:
             features = [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, features)]
+        if self.multiple != STRIDES[-1]:
+            features = [x[..., : H // s, : W // s] for x, s in zip(features, STRIDES)]
         return features
 
 
@@ -272,21 +426,25 @@ class PlainViT(nn.Module):
     """Make four feature maps of a vision transformer's last patch tokens, as Guided Distillation does.
 
     Each stride has a 1 x 1 convolution; its result is resized to the stride. An image whose sides are not
-    multiples of the patch size is resized first."""
+    multiples of the patch size is resized first.
+    body: its forward_features returns prefix tokens and patch tokens (B, N, C), or a map (B, C, h, w)."""
 
-    def __init__(self, body: nn.Module):
+    def __init__(self, body: nn.Module, patch: int):
         super().__init__()
-        self.body, self.channels = body, [128, 256, 512, 1024]
-        self.pyramid = nn.ModuleList(nn.Conv2d(body.embed_dim, C, 1) for C in self.channels)
+        self.body, self.patch, self.channels = body, patch, [128, 256, 512, 1024]
+        self.prefix_tokens = getattr(body, "num_prefix_tokens", 0)
+        for name in {"attn_pool", "fc_norm"} & vars(body)["_modules"].keys():
+            setattr(body, name, nn.Identity())  # These belong to the classifier and stay unused.
+        self.pyramid = nn.ModuleList(nn.Conv2d(body.num_features, C, 1) for C in self.channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         H, W = images.shape[-2:]
-        patch = self.body.patch_embed.patch_size[0]
-        h, w = -(-H // patch), -(-W // patch)
-        if STRIDES[-1] % patch:
-            images = resize(images, (h * patch, w * patch))
-        tokens = self.body.forward_features(images)[:, self.body.num_prefix_tokens :]  # (B, h * w, C)
-        grid = tokens.transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
+        h, w = -(-H // self.patch), -(-W // self.patch)
+        if STRIDES[-1] % self.patch:
+            images = resize(images, (h * self.patch, w * self.patch))
+        grid = self.body.forward_features(images)
+        if grid.ndim == 3:
+            grid = grid[:, self.prefix_tokens :].transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
         return [resize(conv(grid), (H // s, W // s)) for conv, s in zip(self.pyramid, STRIDES)]
 
 

@@ -1,14 +1,17 @@
 """Tests of reading and writing checkpoints of other code. The files are made here, with the names and shapes
 of the official model."""
 
+import argparse
 import json
 import os
 import pickle
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from commands import run
 from conftest import TINY
@@ -17,9 +20,10 @@ from torch.torch_version import TorchVersion
 
 import distill
 import evaluate
+from interop.backbone import load_backbone_weights
 from interop.legacy import upgrade_checkpoint
-from interop.load import _read_file, infer_model_args, load_any_checkpoint, load_partial
-from interop.names import OFFICIAL, OURS, convert_state_dict, translate_state_dict
+from interop.load import infer_model_args, load_any_checkpoint, load_partial, read_file
+from interop.names import HUGGING_FACE, OFFICIAL, OURS, convert_state_dict, translate_state_dict
 from model import Mask2Former
 from tools import export
 
@@ -208,7 +212,7 @@ def test_arrays_of_every_kind_come_out_of_a_pickle_as_they_went_in(tmp_path, dty
     scalar = np.array(3, dtype=dtype)
     for protocol in range(6):
         (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a": array, "b": [scalar], "c": scalar}, protocol))
-        found = _read_file(tmp_path / "a.pkl")
+        found = read_file(tmp_path / "a.pkl")
         assert np.array_equal(found["a"].numpy(), array) and found["c"].item() == scalar
 
 
@@ -315,6 +319,351 @@ def test_a_torch_with_a_hole_is_named_before_it_reads_a_file_of_somebody_else(
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="no checkpoint.*gone.pkl"):
         load_any_checkpoint(tmp_path / "gone.pkl")
+
+
+# ------------------------------------------------------------------------------ checkpoints of trainers
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A state dict with the names of an official R50 and tensors of at most 3 values on a side."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = SHAPES["resnet50"][0].items()
+    return {name: torch.rand([min(side, 3) for side in shape], generator=generator) for name, shape in shapes}
+
+
+def prefixed(prefix, state_dict):
+    return {prefix + name: value for name, value in state_dict.items()}
+
+
+def hugging_face(official):
+    return translate_state_dict(convert_state_dict(official), OURS, HUGGING_FACE)
+
+
+def equals(found, official):
+    expected = convert_state_dict(official)
+    return found.keys() == expected.keys() and all(torch.equal(found[n], v) for n, v in expected.items())
+
+
+WRAPPED = {
+    "DDP": lambda names: {"model": prefixed("module.", names)},
+    "a compiled model": lambda names: {"state_dict": prefixed("_orig_mod.", names), "epoch": 3},
+    "a compiled backbone": lambda names: {
+        n.replace("backbone.", "backbone._orig_mod."): v for n, v in names.items()
+    },
+    "DDP of Guided Distillation": lambda names: {"model": prefixed("module.modelStudent.", names)},
+    "Lightning": lambda names: {
+        "state_dict": {**prefixed("model.", hugging_face(names)), "metric.count": torch.ones(1)},
+        "hyper_parameters": {"lr": 1e-4},
+        "loops": None,
+    },
+    "Lightning in DDP": lambda names: {"state_dict": prefixed("net.module.", names)},
+    "accelerate": hugging_face,
+    "DeepSpeed": lambda names: {"module": prefixed("module.", names), "dp_world_size": 2},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_the_wrapping_of_a_trainer_is_removed(small, tmp_path, capsys, name):
+    torch.save(WRAPPED[name](small), tmp_path / "a.ckpt")
+    checkpoint = load_any_checkpoint(tmp_path / "a.ckpt")
+    assert equals(checkpoint["model"], small) and checkpoint["teacher"] is None
+    assert checkpoint["model_args"]["backbone"] == "resnet50"
+    assert capsys.readouterr().out == ""
+
+
+EMA = {
+    "ema_state_dict": lambda names, ema: {"model": names, "ema_state_dict": prefixed("module.", ema)},
+    "model_ema": lambda names, ema: {"model_ema": ema, "model": names},
+    "ema.module": lambda names, ema: {"ema": {"module": ema, "decay": 0.9}, "state_dict": names},
+    "ema_model": lambda names, ema: {
+        "state_dict": {**prefixed("model.", names), **prefixed("ema_model.", ema)}
+    },
+}
+
+
+@pytest.mark.parametrize("name", EMA)
+def test_ema_weights_are_preferred_and_a_line_names_them(small, tmp_path, capsys, name):
+    ema = {name: value + 1 for name, value in small.items()}
+    torch.save(EMA[name](small, ema), tmp_path / "a.pth")
+    assert equals(load_any_checkpoint(tmp_path / "a.pth")["model"], ema)
+    printed = capsys.readouterr().out
+    assert printed == f"{tmp_path / 'a.pth'}: the EMA weights are used, those in {name!r}\n"
+
+
+def test_several_models_in_one_state_dict_are_refused(small, tmp_path):
+    torch.save({**prefixed("a.", small), **prefixed("b.", small)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"it holds 2 models, with the prefixes 'a.', 'b.'; save one"):
+        load_any_checkpoint(tmp_path / "a.pth")
+
+
+class HyperParameters:
+    """Stands for a class of another project."""
+
+
+@pytest.mark.parametrize("value", [argparse.Namespace(lr=1e-4), HyperParameters(), Path("a")])
+def test_an_object_in_a_checkpoint_is_refused_by_its_type_with_a_remedy(tmp_path, value):
+    torch.save({"state_dict": {"a": torch.ones(1)}, "hyper_parameters": value}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"save its weights alone: torch\.save\(torch\.load\(") as caught:
+        load_any_checkpoint(tmp_path / "a.ckpt")
+    text = str(caught.value)
+    assert type(value).__qualname__ in text or "PosixPath" in text
+    assert "\n" not in text and "\x1b" not in text and len(text) < 400
+
+
+def test_a_checkpoint_of_mmdetection_is_called_by_its_name(tmp_path):
+    names = {"backbone.conv1.weight": torch.ones(1), "panoptic_head.query_feat.weight": torch.ones(1)}
+    torch.save({"meta": {"mmdet_version": "3.3.0"}, "state_dict": names}, tmp_path / "a.pth")
+    with pytest.raises(
+        ValueError, match=r"a\.pth: it is a checkpoint of MMDetection .*; use one of the official"
+    ):
+        load_any_checkpoint(tmp_path / "a.pth")
+
+
+def test_a_name_of_the_hub_is_answered_with_the_command_that_downloads_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="run hf download facebook/mask2former-swin-tiny --local-dir mask2"):
+        load_any_checkpoint("facebook/mask2former-swin-tiny")
+    Path("runs").mkdir()
+    for path in ("runs/coco", "somewhere/model.pt", "/facebook/mask2former"):
+        with pytest.raises(ValueError, match="^no checkpoint '[^']*'$"):
+            load_any_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "start, words", [("<!DOCTYPE html>", "a web page"), ("version https://git-lfs", "git lfs")]
+)
+def test_what_a_failed_download_leaves_is_called_by_its_name(tmp_path, start, words):
+    (tmp_path / "a.pth").write_text(f"{start}\n")
+    with pytest.raises(ValueError, match=words):
+        load_any_checkpoint(tmp_path / "a.pth")
+
+
+def test_the_folder_of_a_run_means_its_last_result(make_model, tmp_path, capsys):
+    for seed, phase in enumerate(("supervised", "teacher", "burnin", "distill", "finetune")):
+        model = make_model(seed=seed)
+        torch.save({"format": 2, "model": model.state_dict(), "model_args": TINY}, tmp_path / f"{phase}.pt")
+        found = load_any_checkpoint(tmp_path)["model"]
+        assert all(torch.equal(value, found[name]) for name, value in model.state_dict().items())
+        assert capsys.readouterr().out == f"{tmp_path}: reading {phase}.pt\n"
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="has no checkpoint: none of finetune.pt, distill.pt, .*safetensors"):
+        load_any_checkpoint(tmp_path)
+
+
+def write_shards(folder, names, form):
+    """Write a state dict as Hugging Face does, in two files with an index."""
+    halves = {f"a-{i}-of-2.{form}": dict(list(names.items())[i::2]) for i in range(2)}
+    for file, half in halves.items():
+        save_file(half, folder / file) if form == "safetensors" else torch.save(half, folder / file)
+    index = {"weight_map": {name: file for file, half in halves.items() for name in half}}
+    stem = "model" if form == "safetensors" else "pytorch_model"
+    (folder / f"{stem}.{form}.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_a_folder_of_hugging_face_is_read_with_and_without_shards(small, tmp_path, form):
+    names = hugging_face(small)
+    write_shards(tmp_path, names, form)
+    assert equals(load_any_checkpoint(tmp_path)["model"], small)
+    assert equals(load_any_checkpoint(next(tmp_path.glob("*.json")))["model"], small)
+    other = {name: value + 1 for name, value in names.items()}
+    torch.save(other, tmp_path / "pytorch_model.bin")
+    assert equals(load_any_checkpoint(tmp_path)["model"], {name: v + 1 for name, v in small.items()})
+
+
+@pytest.mark.parametrize("shard", ["../secret.bin", "/etc/passwd", "folder/a.bin", "link.bin", "..", "", "."])
+def test_a_shard_outside_of_its_folder_is_refused(tmp_path, shard):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save({"a": torch.ones(1)}, tmp_path / "secret.bin")
+    (folder / "link.bin").symlink_to(tmp_path / "secret.bin")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(ValueError, match="the shard .* is outside of its folder"):
+        load_any_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "[" * 100_000]
+)
+def test_a_broken_index_of_shards_is_named(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json is not an index of shards"):
+        load_any_checkpoint(tmp_path)
+
+
+# ------------------------------------------------------------------------------------ weights of backbones
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    """The state dict of timm's resnet18, with statistics that are not those of a new model."""
+    torch.manual_seed(0)
+    state_dict = timm.create_model("resnet18").state_dict()
+    return {name: value + 0.1 * torch.rand(value.shape) for name, value in state_dict.items()}
+
+
+def detectron2(resnet):
+    """Rename timm's ResNet as Detectron2 does."""
+    body = {
+        f"backbone.body.{n}": v for n, v in resnet.items() if not n.startswith("fc.") and "num_b" not in n
+    }
+    return {n.removeprefix("backbone."): v for n, v in translate_state_dict(body, OURS, OFFICIAL).items()}
+
+
+def backbone_file(folder, content):
+    torch.save(content, folder / "weights.pth")
+    return load_backbone_weights(folder / "weights.pth")
+
+
+FORMS = {
+    "timm and torchvision": lambda names: names,
+    "MoCo": lambda names: {
+        "arch": "resnet18",
+        "state_dict": {
+            **prefixed("module.encoder_q.", names),
+            **prefixed("module.encoder_k.", {n: v + 1 for n, v in names.items()}),
+            "module.queue": torch.ones(3),
+        },
+    },
+    "MoCo v3": lambda names: {
+        "state_dict": {
+            **prefixed("module.momentum_encoder.", {n: v + 1 for n, v in names.items()}),
+            **prefixed("module.base_encoder.", names),
+        }
+    },
+    "DINO": lambda names: {
+        "student": prefixed("module.backbone.", {n: v + 1 for n, v in names.items()}),
+        "teacher": {**prefixed("backbone.", names), "head.mlp.0.weight": torch.ones(1)},
+    },
+    "Detectron2": lambda names: {"model": detectron2(names), "__author__": "torchvision"},
+    "the official Mask2Former": lambda names: {
+        "model": {**prefixed("backbone.", detectron2(names)), "sem_seg_head.a": torch.ones(1)}
+    },
+    "ours": lambda names: {"model": prefixed("backbone.body.", names), "format": 2, "model_args": {}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_of_a_backbone_are_read_from_the_files_of_other_code(resnet, tmp_path, form):
+    args = {**TINY, "backbone": "resnet18", "backbone_args": None, "norm": "frozen"}
+    model = Mask2Former(**args, backbone_weights=backbone_file(tmp_path, FORMS[form](resnet)))
+    found = model.backbone.body.state_dict()
+    assert len(found) == 100 and all(torch.equal(value, resnet[name]) for name, value in found.items())
+
+
+def test_a_pickle_of_detectron2_is_read(resnet, tmp_path):
+    arrays = {name: value.numpy() for name, value in detectron2(resnet).items()}
+    content = {"model": {**arrays, "stem.fc.weight": np.ones(3)}, "__author__": "torchvision"}
+    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps(content, protocol=2))
+    found = load_backbone_weights(tmp_path / "R-18.pkl")
+    expected = {n: v for n, v in resnet.items() if not n.startswith("fc.") and "num_batches" not in n}
+    assert found.keys() == expected.keys() and all(torch.equal(found[n], v) for n, v in expected.items())
+
+
+def caffe2(resnet):
+    """Name the arrays of a ResNet as Detectron does: scale and bias are all that its norms have."""
+    blobs = {}
+    for name, value in detectron2(resnet).items():
+        if name.endswith(("weight", "bias")):
+            name = (
+                re.sub(r"stem\.conv1\.norm", "res_conv1_bn", name)
+                .replace("stem.", "")
+                .replace(".norm", "_bn")
+            )
+            for layer, branch in {"conv1": "branch2a", "conv2": "branch2b", "shortcut": "branch1"}.items():
+                name = re.sub(rf"(res\d\.\d)\.{layer}", rf"\1_{branch}", name)
+            suffix = {"weight": "s" if "_bn" in name else "w", "bias": "b"}[name.split(".")[-1]]
+            blobs[f"{name.rsplit('.', 1)[0].replace('.', '_')}_{suffix}"] = value.numpy()
+    return blobs
+
+
+def test_detectrons_backbone_for_bgr_computes_the_same_from_our_images(resnet, tmp_path):
+    """It subtracts a mean from BGR and divides by nothing, and its norms only scale and shift."""
+    blobs = caffe2(resnet)
+    assert {"conv1_w", "res_conv1_bn_s", "res2_0_branch2a_w", "res4_0_branch1_bn_b"} <= blobs.keys()
+    content = {"blobs": {**blobs, "conv1_w_momentum": blobs["conv1_w"], "fc1000_w": np.ones(3)}}
+    (tmp_path / "R-18.pkl").write_bytes(pickle.dumps(content, protocol=2))
+    weights = load_backbone_weights(tmp_path / "R-18.pkl")
+    args = {**TINY, "backbone": "resnet18", "backbone_args": None, "norm": "batch"}
+    model = Mask2Former(**args, backbone_weights=weights).eval()
+
+    rgb = torch.randint(0, 256, (1, 3, 32, 64)).float()
+    bgr = rgb.flip(1) - torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1)
+    conv = torch.nn.functional.conv2d(bgr, resnet["conv1.weight"], stride=2, padding=3)
+    scale, shift = (resnet[f"bn1.{part}"].view(-1, 1, 1) for part in ("weight", "bias"))
+    body = model.backbone.body
+    found = body.bn1(body.conv1((rgb - model.pixel_mean) / model.pixel_std))
+    torch.testing.assert_close(found, conv * scale + shift, rtol=1e-4, atol=1e-3)
+    for name in ("layer1.0.conv2.weight", "layer2.0.downsample.0.weight", "layer3.1.bn1.bias"):
+        assert torch.equal(body.state_dict()[name], resnet[name])
+
+
+def test_official_dinov2_weights_with_registers_are_read(tmp_path):
+    """The first position is that of the class token, which timm adds to it."""
+    name, args = "vit_small_patch14_reg4_dinov2", {"depth": 1, "img_size": 28}
+    torch.manual_seed(0)
+    expected = timm.create_model(name, num_classes=0, **args).state_dict()
+    official = {n: v for n, v in expected.items() if n != "reg_token"}
+    official |= {"register_tokens": expected["reg_token"], "mask_token": torch.ones(1, 384)}
+    position = torch.randn(1, 1, 384)
+    official["cls_token"] = expected["cls_token"] - position
+    official["pos_embed"] = torch.cat([position, expected["pos_embed"]], dim=1)
+    weights = backbone_file(tmp_path, official)
+    model = Mask2Former(**{**TINY, "backbone": name, "backbone_args": args}, backbone_weights=weights)
+    for key, value in model.backbone.body.state_dict().items():
+        torch.testing.assert_close(value, expected[key], msg=key)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"model": 3}, "weights.pth: it holds no state dict"),
+        (
+            {"model": {"res2.0.gate.weight": torch.ones(1), "stem.conv1.weight": torch.ones(1)}},
+            "unknown parameter",
+        ),
+        ({"state_dict": {"a": torch.ones(1)}, "args": argparse.Namespace()}, "'argparse.Namespace'"),
+    ],
+)
+def test_other_files_of_weights_are_refused_in_one_line(tmp_path, content, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        backbone_file(tmp_path, content)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "backbone, content, words",
+    [
+        ("resnet18", b"<html></html>", "it is a web page"),
+        ("resnet34", "resnet18", "100 of the 180 tensors of 'resnet34' are there; "),
+        ("test_vit", "resnet18", "0 of the 78 tensors of 'test_vit'"),
+    ],
+)
+def test_backbone_weights_are_checked_before_training(shapes, tmp_path, backbone, content, words):
+    """One line, and nothing is printed before it."""
+    file = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(timm.create_model(content).state_dict(), file)
+    flags = ["--data", shapes, "--preset", "shapes", "--backbone", backbone, "--backbone-weights", file]
+    done = run("distill.py", *flags, "--out", tmp_path / "run", code=2)
+    assert done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert words in done.stderr and str(file) in done.stderr
+
+
+def test_training_starts_from_backbone_weights_of_other_code(shapes, tmp_path, resnet):
+    """With a learning rate of 0 the backbone stays what it was in the file."""
+    torch.save({"state_dict": prefixed("module.encoder_q.", resnet)}, tmp_path / "moco.pth")
+    small = TRAINED.replace("resnet50", "resnet18").split()
+    flags = ["--data", shapes, *small, "--backbone-weights", tmp_path / "moco.pth", "--lr", "0"]
+    run("burnin.py", *flags, "--supervised-only", "--out", tmp_path)
+    found = load_any_checkpoint(tmp_path / "supervised.pt")["model"]
+    names = [name for name in resnet if not name.startswith("fc.") and "num_batches" not in name]
+    assert all(torch.equal(found[f"backbone.body.{name}"], resnet[name]) for name in names)
 
 
 # ---------------------------------------------------------------------------------------- our own checkpoints

@@ -1,18 +1,23 @@
 """The model: every formula against a plain one, and what the whole of it promises."""
 
 import inspect
+import logging
 import math
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import TINY
+from safetensors.torch import save_file
 from torch import nn
 
 import deform_attn_cpu
@@ -529,6 +534,219 @@ def test_local_backbone_weights_are_read(make_model, tmp_path):
     second = make_model(seed=2, backbone_weights=str(tmp_path / "weights.pt"), **names)
     for name, value in first.backbone.state_dict().items():
         assert torch.equal(value, second.backbone.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "name, other, words",
+    [
+        ("resnet18", "resnet34", "a tensor 'layer1.2.bn1.bias', which 'resnet18' does not have"),
+        ("resnet34", "resnet18", "100 of the 180 tensors of 'resnet34' are there; 'layer1.2.bn1.bias' is"),
+        ("test_resnet", "test_vit", "0 of the 75 tensors"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(name, other, words):
+    with torch.device("meta"), pytest.raises(ValueError, match=words):
+        model.build_backbone(name, weights=timm.create_model(other).state_dict())
+
+
+def test_a_tensor_of_another_shape_is_named():
+    weights = timm.create_model("test_vit").state_dict()
+    weights["blocks.1.mlp.fc1.bias"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"tensor 'blocks.1.mlp.fc1.bias' is \(3,\), that of 'test_vit' is"):
+        model.build_backbone("test_vit", weights=weights)
+
+
+def test_register_tokens_for_a_vit_without_are_refused():
+    weights = timm.create_model("test_vit").state_dict()
+    width = weights["cls_token"].shape[-1]
+    weights |= {"register_tokens": torch.zeros(1, 4, width), "mask_token": torch.zeros(1, width)}
+    with pytest.raises(ValueError, match="a tensor 'register_tokens', which 'test_vit' does not have"):
+        model.build_backbone("test_vit", weights=weights)
+
+
+# ------------------------------------------------------------------------------------- backbones of today
+
+
+def dinov3(**changes):
+    torch.manual_seed(0)
+    changes = {**TINY, "backbone": "dinov3_s", "backbone_args": {"depth": 2}, **changes}
+    return Mask2Former(**changes)
+
+
+def test_dinov3_has_the_features_of_a_timm_model_made_for_the_image():
+    """The image is padded to 64 x 96, which is 4 x 6 patches."""
+    ours = dinov3().eval()
+    timms = timm.create_model(
+        "vit_small_patch16_dinov3", depth=2, img_size=(64, 96), num_classes=0, dynamic_img_size=False
+    )
+    timms.load_state_dict(ours.backbone.body.state_dict())
+    images = image_batch(1, 50, 90)
+    mean, std = (torch.tensor(timms.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    padded = nn.functional.pad((images / 255 - mean) / std, (0, 6, 0, 14))
+    grid = timms.eval().forward_features(padded)[:, -24:].mT.reshape(1, 384, 4, 6)
+    features = ours.backbone(padded)
+    assert [x.shape for x in features] == [
+        (1, 128 * 2**i, 64 // s, 96 // s) for i, s in enumerate(model.STRIDES)
+    ]
+    torch.testing.assert_close(features[2], ours.backbone.pyramid[2](grid), rtol=1e-4, atol=1e-5)
+    seen = []
+    ours.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    ours(images)
+    torch.testing.assert_close(seen[0], padded)
+
+
+def test_a_dinov3_model_learns_in_every_parameter():
+    vit = dinov3()
+    for parameter in vit.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    sum(tensor.sum() for tensor in flat(vit(image_batch()))).backward()
+    for name, parameter in vit.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def test_a_dinov3_checkpoint_is_read_back(tmp_path):
+    args = {**TINY, "backbone": "dinov3_s", "backbone_args": {"depth": 2}}
+    first = dinov3().eval()
+    torch.save({"model_args": args, "model": first.state_dict()}, tmp_path / "model.pt")
+    checkpoint = torch.load(tmp_path / "model.pt")
+    second = Mask2Former(**checkpoint["model_args"]).eval()
+    second.load_state_dict(checkpoint["model"])
+    for expected, found in zip(flat(first(image_batch())), flat(second(image_batch()))):
+        assert torch.equal(expected, found)
+
+
+def test_the_short_names_are_models_with_pretrained_weights():
+    assert all(timm.is_model(name) and timm.is_model_pretrained(name) for name in model.BACKBONES.values())
+
+
+@pytest.mark.parametrize("name", ["dinov3_s", "dinov3_convnext_t"])
+def test_dinov3_takes_images_of_any_size(name):
+    with torch.device("meta"):
+        backbone = model.build_backbone(name)
+        sizes = [x.shape[2:] for x in backbone(torch.empty(1, 3, 96, 352))]
+    assert sizes == [(96 // s, 352 // s) for s in model.STRIDES]
+
+
+ANY_SIZE = {
+    "test_vit2": {},
+    "test_convnext": {},
+    "test_maxvit": {},  # padded to multiples of 160
+    "eva02_tiny_patch14_224": {"depth": 1},
+    "vit_small_patch14_reg4_dinov2": {"depth": 1, "img_size": 98},
+    "samvit_base_patch16": {"depth": 2, "embed_dim": 96, "num_heads": 2},
+    "xcit_nano_12_p8_224": {"depth": 1},
+    "swinv2_tiny_window8_256": {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4)},
+}
+
+
+@pytest.mark.parametrize("name", ANY_SIZE)
+def test_backbones_of_many_kinds_take_images_of_any_size(make_model, name):
+    outputs = make_model(backbone=name, backbone_args=ANY_SIZE[name]).eval()(image_batch(1, 70, 180))
+    assert outputs["pred_masks"].shape == (1, 6, 24, 48)
+    assert outputs["pred_masks"].isfinite().all()
+
+
+def test_a_padded_backbone_has_the_features_of_timm():
+    """Windows of MaxViT divide 160 only. Within a larger image the features of the image are returned."""
+    backbone = model.build_backbone("test_maxvit", norm="batch").eval()
+    images = torch.randn(1, 3, 64, 192)
+    expected = backbone.body(nn.functional.pad(images, (0, 128, 0, 96)))
+    for found, whole, stride in zip(backbone(images), expected, model.STRIDES, strict=True):
+        assert whole.shape[2:] == (160 // stride, 320 // stride)
+        assert torch.equal(found, whole[..., : 64 // stride, : 192 // stride])
+
+
+@pytest.mark.parametrize(
+    "name, args, words",
+    [
+        ("beit_base_patch16_224", {"depth": 1}, "takes images of 224 x 224, but not of 288 x 160 .*; choose"),
+        ("hiera_tiny_224", {}, "takes images of 224 x 224, but not"),
+        ("coatnet_0_rw_224", {}, "takes images of 224 x 224, but not"),
+        ("inception_v3", {}, "its feature maps would be"),
+        ("visformer_tiny", {}, "strides"),
+    ],
+)
+def test_a_backbone_for_images_of_one_size_is_refused_in_one_line(name, args, words):
+    with torch.device("meta"), pytest.raises(ValueError, match=words) as caught:
+        model.build_backbone(name, **args)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+# ------------------------------------------------------------------------------------ pretrained weights
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of the Hugging Face hub, and no server. The calls to the latter are listed."""
+    calls = []
+
+    def no_server(url, **_):
+        calls.append(url)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", no_server)
+    return calls
+
+
+def test_without_a_network_one_line_says_what_to_download(hub):
+    with pytest.raises(ValueError, match="cannot download the pretrained weights") as caught:
+        Mask2Former(3, "dinov3_s", pretrained=True)
+    text, repo = str(caught.value), "https://huggingface.co/timm/vit_small_patch16_dinov3.lvd1689m"
+    assert hub == [f"{repo}/resolve/main/model.safetensors"] and "\n" not in text
+    for word in (f"model.safetensors from {repo} ", "--backbone-weights", "--pretrained false", "not known"):
+        assert word in text
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for(hub, monkeypatch):
+    answer = threading.Event()
+    monkeypatch.setattr(model, "CONNECTION_TIMEOUT", 0.05)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: answer.wait())
+    with pytest.raises(ValueError, match="no answer in 0.05 seconds"):
+        model.build_backbone("test_resnet", pretrained=True)
+    answer.set()
+
+
+def test_a_server_that_answers_is_asked_for_the_weights(hub, monkeypatch):
+    """Even if it answers that this file is not there: timm knows other names."""
+    answer = huggingface_hub.errors.HfHubHTTPError.__new__(huggingface_hub.errors.HfHubHTTPError)
+    for answered in (lambda url: None, lambda url: (_ for _ in ()).throw(answer)):
+        asked, create = [], timm.create_model
+
+        def create_model(name, asked=asked, create=create, pretrained=False, **kwargs):
+            asked.append(pretrained)
+            return create(name, **kwargs)
+
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", answered)
+        monkeypatch.setattr(timm, "create_model", create_model)
+        model.build_backbone("test_resnet", pretrained=True)
+        assert asked.count(True) == 1
+        monkeypatch.setattr(timm, "create_model", create)
+
+
+def test_cached_weights_need_no_server_and_timm_is_silent(hub, tmp_path, caplog):
+    folder = tmp_path / "hub/models--timm--test_vit.r160_in1k"
+    (folder / "snapshots/abc").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("abc")
+    torch.manual_seed(1)
+    weights = timm.create_model("test_vit", num_classes=1000).state_dict()
+    save_file({**weights, "unexpected": torch.ones(1)}, folder / "snapshots/abc/model.safetensors")
+    caplog.set_level(logging.INFO)
+    body = model.build_backbone("test_vit", pretrained=True).body
+    for name, value in body.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    assert not hub and not caplog.records
+
+
+def test_a_backbone_without_pretrained_weights_is_named(monkeypatch):
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: timm.models.PretrainedCfg())
+    with pytest.raises(
+        ValueError, match="no pretrained weights of 'test_resnet'; train from scratch with pre"
+    ):
+        model.build_backbone("test_resnet", pretrained=True)
 
 
 @pytest.mark.parametrize(

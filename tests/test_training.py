@@ -250,7 +250,10 @@ def test_a_step_of_two_processes_has_the_gradient_of_one_process(tiny, tmp_path)
             "--student-checkpoint starts at phase 3; drop",
         ),
         ("--encoder-layers 0", "--model-args: encoder_layers must be at least 1, found 0"),
-        ("--backbone swinv2_tiny_window8_256 --backbone-args {}", "takes no images of 96 x 96: "),
+        (
+            "--backbone beit_base_patch16_224 --backbone-args {}",
+            "takes images of 224 x 224, but not of 288 x",
+        ),
         ("--teacher-checkpoint missing.pt", "no checkpoint 'missing.pt'"),
         ("--student-checkpoint missing.pt", "no checkpoint 'missing.pt'"),
         ("--init-from missing.pkl", "no checkpoint 'missing.pkl'"),

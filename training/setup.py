@@ -24,6 +24,7 @@ from data import (
     split_hash,
     stable_seed,
 )
+from interop.backbone import load_backbone_weights
 from interop.load import load_any_checkpoint, load_partial
 from layouts import load_data
 from layouts.cityscapes import is_cityscapes, official_evaluation
@@ -254,23 +255,24 @@ def build_model(cfg: Config, data: Data, name: str) -> Mask2Former:
             model = Mask2Former(**args)
             load_partial(model, load_any_checkpoint(cfg.init_from)["model"])
         else:
-            weights = cfg.backbone_weights or None
+            weights = load_backbone_weights(cfg.backbone_weights) if cfg.backbone_weights else None
             model = Mask2Former(**args, pretrained=cfg.pretrained, backbone_weights=weights)
     return model.to(data.env.device)
 
 
 def check_model(cfg: Config, data: Data) -> None:
-    """Raises ValueError if the options give no model, or one that does not take images of any size, or if a
-    checkpoint to start from does not fit."""
-    if cfg.backbone_weights and not Path(cfg.backbone_weights).is_file():
-        raise ValueError(f"no file --backbone-weights {cfg.backbone_weights!r}")
+    """Raises ValueError if the options give no model, or one that does not take images of any size, or if
+    backbone weights or a checkpoint to start from do not fit."""
     args = model_arguments(cfg, data)
-    model = _meta_model(args)
-    H, W = (side + 32 for side in cfg.crop)  # another size than the crop, as test images have
-    try:
-        model.backbone(torch.empty(1, 3, H, W, device="meta"))
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"--backbone {cfg.backbone} takes no images of {H} x {W}: {error}") from None
+    _meta_model(args)
+    if cfg.backbone_weights:
+        if not Path(cfg.backbone_weights).exists():
+            raise ValueError(f"no file --backbone-weights {cfg.backbone_weights!r}")
+        weights = load_backbone_weights(cfg.backbone_weights)
+        try:
+            _meta_model({**args, "backbone_weights": weights})
+        except ValueError as error:
+            raise ValueError(f"--backbone-weights {cfg.backbone_weights}: {error}") from None
     names = data.train.class_names
     if cfg.teacher_checkpoint:
         load_teacher_checkpoint(cfg, names)
@@ -286,7 +288,7 @@ def _meta_model(args: dict) -> Mask2Former:
     try:
         with torch.device("meta"):
             return Mask2Former(**args)
-    except (TypeError, RuntimeError, IndexError) as error:
+    except (TypeError, RuntimeError, IndexError, AssertionError) as error:
         raise ValueError(f"--model-args: {error}") from None
 
 
