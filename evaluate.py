@@ -10,6 +10,11 @@ Pictures and files of what a model finds in any images: python -m tools.predict.
 Letters in shapes: B images, Q queries, K classes, N detections of one image, H W pixels, h w = a quarter
 of the padded image's."""
 
+if __name__ == "__main__":
+    from training.cli import answer_early
+
+    answer_early()
+
 import argparse
 import contextlib
 import io

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from commands import run
+from commands import ROOT, run
 
 from layouts import load_data
 from training.auto import GUIDED_STEP_COST, Facts, choose_options, ema_decay, fit_steps, measure_facts
@@ -179,3 +181,13 @@ def test_images_without_annotations_join_the_unlabeled_pool(shapes, tmp_path):
         "distill.py", *flags, "--ratio", "1", "--unannotated", "background", "--out", tmp_path / "b"
     )
     assert "12 training images, 12 of them labeled" in background.stdout
+
+
+def test_help_needs_no_torch():
+    """It answers at once: the imports of a phase script take seconds."""
+    code = "import runpy, sys\nsys.argv = ['distill.py', '--help']\n"
+    code += "try:\n    runpy.run_path('distill.py', run_name='__main__')\n"
+    code += "except SystemExit:\n    assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--score-threshold" in done.stdout

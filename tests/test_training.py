@@ -288,6 +288,12 @@ def test_a_step_of_two_processes_has_the_gradient_of_one_process(tiny, tmp_path)
         ("--lsj-scale 2,1", "lsj_scale must be two positive numbers in ascending order, found (2, 1)"),
         ("--device cuda", "cannot use --device cuda: torch finds no GPU"),
         ("--device tpu", "unknown --device 'tpu'; choose cuda, mps or cpu"),
+        ("--device 0", "unknown --device '0'; choose cuda, mps or cpu; CUDA_VISIBLE_DEVICES=0 before the"),
+        ("--gpus 8", "there is no --gpus: start one process per GPU: torchrun --nproc_per_node=8"),
+        ("--epochs 10", "there is no --epochs: the length is --steps"),
+        ("--imgsz 640", "there is no --imgsz: the size of training crops is --crop"),
+        ("--resume", "there is no --resume: no flag is needed: the same command resumes"),
+        ("--unannotated maybe", "--unannotated must be background or unlabeled, found 'maybe'"),
         ("--precision fp16", "unknown --precision 'fp16'; choose bf16 or fp32"),
     ],
 )

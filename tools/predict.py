@@ -12,6 +12,11 @@ images first, then the labels of the run. Train on it after people have correcte
 
 One image is in memory at a time, and one of its masks."""
 
+if __name__ == "__main__":
+    from training.cli import answer_early
+
+    answer_early()
+
 import functools
 import json
 import os

@@ -191,10 +191,11 @@ def _boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def answer_early(description: str) -> None:
-    """Answer --help, and let Ctrl-C end the program quietly, before imports that take seconds."""
+def answer_early(description: str | None = None) -> None:
+    """Let Ctrl-C end the program quietly, and answer --help of a phase script with this description, before
+    imports that take seconds."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if {"-h", "--help"} & set(sys.argv[1:]):
+    if description and {"-h", "--help"} & set(sys.argv[1:]):
         parse_config(description=description)
 
 

@@ -50,7 +50,8 @@ def init_distributed(device: str = "", precision: str = "") -> Env:
     try:
         device = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"unknown --device {device!r}; choose cuda, mps or cpu") from None
+        number = "; CUDA_VISIBLE_DEVICES=0 before the command chooses a GPU" if device.isdecimal() else ""
+        raise ValueError(f"unknown --device {device!r}; choose cuda, mps or cpu{number}") from None
     if device.type == "cpu":
         tune_glibc_malloc()
     if device.type == "cuda":
