@@ -30,7 +30,8 @@ OTHER_LAYOUTS = {  # files that only another layout has
     "labels/*.txt": "YOLO without its data.yaml",
     "masks/*.png": "mask images",
 }
-MIN_ANNOTATED = 5  # With fewer annotated images, none is held out.
+MIN_ANNOTATED = 20  # With fewer annotated images, none is held out by default: each is needed for training.
+DEFAULT_VAL_RATIO = 0.2
 
 
 def find_shapes(root: Path) -> Found:
@@ -57,7 +58,7 @@ def load_data(
     val_json="",
     image_folder="",
     val_image_folder="",
-    val_ratio: float = 0.2,
+    val_ratio: float | None = None,
     allow_missing: bool = False,
     crowd_is_object: bool = False,
     follow_links: bool = True,
@@ -71,10 +72,11 @@ def load_data(
         root: the folder with COCO or Cityscapes, or the one that shapes is written into. Default: datasets/.
         train_json, val_json, image_folder, val_image_folder: replace what is found in a folder.
         val_ratio: without a validation set, hold out this fraction of the annotated images (see `hold_out`).
+            By default 0.2 of at least 20, none of fewer.
         allow_missing, crowd_is_object, follow_links, strict: see layouts.validate.load_coco.
 
     Raises DataError for data that are not found or not valid, and for arguments that do not fit together."""
-    if not 0 <= val_ratio < 1:
+    if val_ratio is not None and not 0 <= val_ratio < 1:
         raise DataError(f"--val-ratio {val_ratio} must be at least 0 and less than 1: 0.2 is 20 %")
     found = find_data(
         data,
@@ -198,7 +200,7 @@ def search(folder: Path) -> Found:
     )
 
 
-def hold_out(dataset: CocoDataset, ratio: float) -> tuple[CocoDataset, CocoDataset | None]:
+def hold_out(dataset: CocoDataset, ratio: float | None) -> tuple[CocoDataset, CocoDataset | None]:
     """Split a dataset without a validation set: hold out about this fraction of its annotated images, one at
     least.
 
@@ -206,16 +208,20 @@ def hold_out(dataset: CocoDataset, ratio: float) -> tuple[CocoDataset, CocoDatas
     machine, and a held-out image stays one when images are added or the ratio grows. The copies of an image
     that Roboflow has augmented stay together."""
     annotated = [image_id for image_id in dataset.image_ids if dataset.objects(image_id)]
+    if ratio is None:
+        ratio = DEFAULT_VAL_RATIO if len(annotated) >= MIN_ANNOTATED else 0
+        if not ratio:
+            few = f"there is no validation set, and {len(annotated)} annotated images are few"
+            dataset.notes = [*dataset.notes, f"{few}, so none is held out; --val-ratio 0.2 would do so"]
     if not ratio:
         return dataset, None
     names = {i: re.sub(r"\.rf\.\w+(\.\w+)$", r"\1", dataset.file_name(i)) for i in annotated}
     place = {i: stable_seed("validation", name) / 2**63 for i, name in names.items()}
     limit = max(ratio, min(place.values(), default=1))
     held_out = {image_id for image_id in annotated if place[image_id] <= limit}
-    if len(annotated) < MIN_ANNOTATED or len(held_out) == len(annotated):
-        few = f"no validation set: {len(annotated)} annotated images are too few to hold some out"
-        dataset.notes = [*dataset.notes, few]
-        return dataset, None
+    if len(held_out) == len(annotated):
+        problem = f"--val-ratio {ratio:g} would hold out all annotated images"
+        raise DataError(f"{problem}, {len(annotated)} in number; lower it or annotate more")
     train = select_images(dataset, [i for i in dataset.image_ids if i not in held_out])
     val = select_images(dataset, sorted(held_out))
     # What the validation found in the file is reported once, with the training set.

@@ -270,7 +270,7 @@ def test_an_export_without_splits_is_divided(drawn, expected, tmp_path, export, 
     train, val = load_data(str(tmp_path), val_ratio=0)
     assert train.layout == layout and val is None
     assert train.class_names == CLASSES and read_masks(train) == expected["train"]
-    train, val = load_data(str(tmp_path))
+    train, val = load_data(str(tmp_path), val_ratio=0.2)
     assert {**read_masks(train), **read_masks(val)} == expected["train"]
     held_out = f"{len(val)} of 6 annotated images are held out (--val-ratio 0.2)"
     assert train.layout == f"{layout}; no validation set: {held_out}"
@@ -513,7 +513,7 @@ def test_a_wrong_data_yaml_is_an_error(drawn, tmp_path, text, message):
 def test_yolo_without_a_validation_set_of_its_own(drawn, tmp_path, val):
     """Examples of Ultralytics have the same images in both sets."""
     write(tmp_path, yolo(drawn, val=val))
-    train, val_set = load_data(str(tmp_path))
+    train, val_set = load_data(str(tmp_path), val_ratio=0.2)
     assert len(train) + len(val_set) == 7 and "annotated images are held out" in train.layout
     assert ("val is train" in train.layout) == (val == "images/train")
 
@@ -631,7 +631,7 @@ def test_a_held_out_image_stays_one_when_images_are_added(tmp_path):
         content = coco_form(images[:number])
         content["images"].reverse()  # The order in the file does not matter, nor do the ids.
         write(tmp_path, {"instances_train.json": content})
-        train, val = split(tmp_path)
+        train, val = split(tmp_path, val_ratio=0.2)
         assert train | val == {name for name, _, _ in images[:number]} and not train & val
         assert val >= seen and 0 < len(val) < number / 2
         seen = val
@@ -647,12 +647,24 @@ def test_images_without_objects_are_never_held_out(tmp_path):
     assert val and val < {name for name, _, _ in annotated}
 
 
-def test_too_few_annotated_images_are_all_for_training(tmp_path):
+def test_few_annotated_images_are_all_for_training(tmp_path):
     images = draw(MIN_ANNOTATED, "a")  # The last one is not annotated.
     write(tmp_path, image_files(images, "images/{}") | {"instances_train.json": coco_form(images)})
     train, val = load_data(str(tmp_path))
     assert val is None and len(train) == MIN_ANNOTATED
-    assert train.notes == ["no validation set: 4 annotated images are too few to hold some out"]
+    [note] = train.notes
+    assert note.startswith("there is no validation set, and 19 annotated images are few, so none is held out")
+
+
+def test_a_share_of_enough_annotated_images_is_held_out(tmp_path):
+    images = draw(MIN_ANNOTATED + 1, "a")
+    write(tmp_path, image_files(images, "images/{}") | {"instances_train.json": coco_form(images)})
+    train, val = load_data(str(tmp_path))
+    assert val and len(train) + len(val) == MIN_ANNOTATED + 1 and not train.notes
+    with pytest.raises(
+        DataError, match="--val-ratio 0.999 would hold out all annotated images, 20 in number"
+    ):
+        load_data(str(tmp_path), val_ratio=0.999)
 
 
 def test_augmented_copies_of_an_image_stay_together(tmp_path):

@@ -22,7 +22,10 @@ DATA_ARGS = {  # the arguments of layouts.load_data, which are flags of every pr
     "val_json": (str, "validation annotations, instead of those that are found"),
     "image_folder": (str, "folder of the images, instead of the one that is found"),
     "val_image_folder": (str, "folder of the validation images, if it is another one"),
-    "val_ratio": (float, "share of the annotated images to hold out without a validation set; 0: none [0.2]"),
+    "val_ratio": (
+        float,
+        "share of annotated images to hold out without a validation set [0.2 of at least 20]",
+    ),
     "allow_missing": (bool, "go on although more than 10 % of the images are missing"),
     "crowd_is_object": (bool, "take each annotation with iscrowd 1 as one object (CVAT's brush masks)"),
     "follow_links": (bool, "follow links that leave the image folder [true]"),
