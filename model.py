@@ -24,15 +24,10 @@ Letters in shapes: B images, C hidden_dim, H W pixels of the padded images, h w 
 Q queries, M heads, D = C/M, L levels (strides 32, 16, 8 in this order), P points, S = sum of H_l * W_l over
 the levels, N queries of an attention layer."""
 
-import contextlib
 import inspect
-import io
-import logging
 import math
-import threading
 from collections.abc import Iterator, Mapping
 
-import huggingface_hub  # comes with timm
 import timm
 import torch
 import torch.nn.functional as F
@@ -55,7 +50,6 @@ except ImportError:  # The file is not there.
 
 
 STRIDES = (4, 8, 16, 32)
-CONNECTION_TIMEOUT = 8.0  # seconds within which a server for pretrained weights must answer
 BACKBONES = {  # The paper's names, and the timm models with the paper's pretraining.
     "resnet50": "resnet50.tv_in1k",
     "resnet101": "resnet101.tv_in1k",
@@ -90,13 +84,11 @@ class Mask2Former(nn.Module):
         decoder_layers, decoder_ffn: layers of the transformer decoder, width of their FFN.
         norm: the backbone's batch norms. "frozen": statistics and affine parameters keep their pretrained
             values. "batch": they are trained. "group": group norms replace them, for training from scratch.
-        backbone_weights: load these instead of a download: a local file or a state dict with timm's
-            parameter names, or with those of the backbone's authors if timm converts them.
+        backbone_weights: load these instead of a download: a file or a state dict with timm's names.
         backbone_args: further keyword arguments of timm.create_model.
         pixel_mean, pixel_std: three numbers in 0..255, in the order RGB. None takes them from timm's config.
 
-    Raises ValueError for an unknown backbone or norm, a backbone or weights that do not fit, a download that
-    fails, or a hidden_dim that does not fit."""
+    Raises ValueError for an unknown backbone or norm, or if backbone, weights or hidden_dim do not fit."""
 
     def __init__(
         self,
@@ -210,51 +202,39 @@ class Outputs(Mapping):
 
 
 def build_backbone(
-    name: str,
-    pretrained: bool = False,
-    weights: str | Mapping | None = None,
-    norm: str = "frozen",
-    **kwargs,
+    name: str, pretrained: bool = False, weights: str | Mapping | None = None, norm: str = "frozen", **kwargs
 ) -> nn.Module:
     """Build a timm model with feature maps at strides 4, 8, 16, 32.
 
     Args: as for `Mask2Former`; kwargs go to timm.create_model.
     Returns a `FeaturePyramid` or `PlainViT`: images (B, 3, H, W), H and W multiples of 32 -> four feature
     maps (B, channels, H / stride, W / stride).
-    Raises ValueError for an unknown name or norm, a model without these strides or for images of one size
-    only, weights of another model, or a download that fails."""
+    Raises ValueError for an unknown name or norm, other strides, images of one size only, other weights."""
     name = BACKBONES.get(name, name)
     if norm not in ("frozen", "batch", "group"):
         raise ValueError(f"unknown norm {norm!r}: one of frozen, batch, group")
     if not timm.is_model(name):
         raise ValueError(f"unknown backbone {name!r}: one of {', '.join(BACKBONES)}, or any timm model")
     with torch.device("meta"):  # Inspect the model without allocating it.
-        meta_model = timm.create_model(name, **kwargs)
-    if "dynamic_img_size" in inspect.signature(type(meta_model)).parameters:
-        kwargs = {"dynamic_img_size": True, **kwargs}
-    if name.startswith("swin_"):  # shifted windows in every stage, the paper's stochastic depth
-        kwargs = {"always_partition": True, "drop_path_rate": 0.3, **kwargs}
-    patch, *others = {info["reduction"] for info in meta_model.feature_info}
-    is_plain = not others
-    if is_plain:
-        kwargs = {"num_classes": 0, **kwargs}
-    else:
-        with torch.device("meta"):
-            strides = timm.create_model(name, features_only=True, **kwargs).feature_info.reduction()
-        if not set(STRIDES) <= set(strides):
+        whole = timm.create_model(name, **kwargs)
+        if "dynamic_img_size" in inspect.signature(type(whole)).parameters:
+            kwargs = {"dynamic_img_size": True, **kwargs}
+        if name.startswith("swin_"):  # shifted windows in every stage, the paper's stochastic depth
+            kwargs = {"always_partition": True, "drop_path_rate": 0.3, **kwargs}
+        strides = [info["reduction"] for info in whole.feature_info]
+        patch = strides[0] if len(set(strides)) == 1 else None
+        if patch:  # a plain ViT
+            kwargs = {"num_classes": 0, **kwargs}
+        elif set(STRIDES) <= set(strides):
+            last = [len(strides) - 1 - strides[::-1].index(s) for s in STRIDES]  # the last map of each stride
+            kwargs = {**kwargs, "features_only": True, "out_indices": last}
+        else:
             raise ValueError(f"backbone {name!r} has feature maps at strides {strides}, needed are {STRIDES}")
-        last = [len(strides) - 1 - strides[::-1].index(s) for s in STRIDES]  # the last map of each stride
-        kwargs = {**kwargs, "features_only": True, "out_indices": last}
-    with torch.device("meta"):
-        meta_body = timm.create_model(name, **kwargs)
-        multiple = find_size_multiple(name, meta_body, patch if is_plain else None)
-    if pretrained and weights is None:
-        body = download_pretrained(name, **kwargs)
-    else:
-        body = timm.create_model(name, **kwargs)
+        multiple = find_size_multiple(name, timm.create_model(name, **kwargs), patch)
+    body = timm.create_model(name, pretrained=pretrained and weights is None, **kwargs)
     if weights is not None:
-        load_backbone_weights(name, body, meta_model, weights)
-    if is_plain:
+        load_backbone_weights(name, body, whole, weights)
+    if patch:
         return PlainViT(body, patch)
     if norm == "frozen":
         body = timm.layers.freeze_batch_norm_2d(body)
@@ -275,116 +255,36 @@ def find_size_multiple(name: str, meta_body: nn.Module, patch: int | None) -> in
     for multiple in (32, native) if native % 32 == 0 else (32,):
         backbone = PlainViT(meta_body, patch) if patch else FeaturePyramid(meta_body, multiple)
         try:
-            with torch.no_grad():
-                sizes = [tuple(x.shape[2:]) for x in backbone.eval()(torch.empty(2, 3, H, W))]
+            sizes = [tuple(x.shape[2:]) for x in backbone.eval()(torch.empty(2, 3, H, W))]
             if sizes == [(H // s, W // s) for s in STRIDES]:
                 return multiple
             problems.append(f"its feature maps would be {sizes}")
         except (AssertionError, RuntimeError, ValueError) as error:
             problems.append(" ".join(str(error).split())[:100])
-    raise ValueError(
-        f"backbone {name!r} takes images of {native} x {native}, but not of {H} x {W} ({problems[0]}); "
-        "choose one that takes any size, such as resnet50, swin_t or dinov3_s"
-    )
+    other = f"not of {H} x {W} ({problems[0]}); choose one that takes any size, such as resnet50 or dinov3_s"
+    raise ValueError(f"backbone {name!r} takes images of {native} x {native}, but {other}")
 
 
-def download_pretrained(name: str, **kwargs) -> nn.Module:
-    """Call timm.create_model with pretrained=True.
+@torch.no_grad()
+def load_backbone_weights(name: str, body: nn.Module, whole: nn.Module, weights: str | Mapping) -> None:
+    """Copy a file or a state dict into a timm model, or its feature extractor with names such as "layers_0".
+    Raises ValueError for tensors that are not those of `whole`, the model with its classifier."""
 
-    Raises ValueError for a download that fails. If there is no network, and the file is not in the cache, it
-    is raised within ten seconds; huggingface_hub alone would retry for minutes."""
-    config = timm.get_pretrained_cfg(name)
-    scratch = "train from scratch with pretrained=False (--pretrained false)"
-    if config is None or not (config.hf_hub_id or config.url):
-        raise ValueError(f"timm has no pretrained weights of {name!r}; {scratch}")
-    repo, _, revision = (config.hf_hub_id or "").partition("@")
-    file = config.hf_hub_filename or "model.safetensors"
-    page = f"{file} from {huggingface_hub.constants.ENDPOINT}/{repo}" if repo else config.url
-    logger = logging.getLogger("timm")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # It warns of the classifier, which no feature map needs.
-    try:
-        if repo:
-            names = {file, config.hf_hub_filename or "pytorch_model.bin"}
-            cached = [
-                huggingface_hub.try_to_load_from_cache(repo, f, revision=revision or None) for f in names
-            ]
-            if not any(isinstance(path, str) for path in cached):
-                check_connection(huggingface_hub.hf_hub_url(repo, file, revision=revision or None))
-        return timm.create_model(name, pretrained=True, **kwargs)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"cannot use the pretrained weights of {name!r}: {reason}") from None
-    except Exception as error:  # The clients for downloads raise errors of many kinds.
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-        raise ValueError(
-            f"cannot download the pretrained weights of {name!r} ({reason}); download {page} elsewhere and "
-            f"pass it as backbone_weights (--backbone-weights), or {scratch}"
-        ) from None
-    finally:
-        logger.setLevel(level)
+    def by_flat_name(tensors):
+        names = [key for key in tensors if "num_batches_tracked" not in key]
+        flat_names = [key.removeprefix("model.").removeprefix("body.").replace(".", "_") for key in names]
+        return {flat_name: tensors[key] for flat_name, key in zip(flat_names, names)}
 
-
-def check_connection(url: str) -> None:
-    """Raise the error of a connection that gets no answer in time. An answer may be an error."""
-    errors = [TimeoutError(f"no answer in {CONNECTION_TIMEOUT:g} seconds")]
-
-    def connect():
-        try:
-            huggingface_hub.get_hf_file_metadata(url)
-            errors.clear()
-        except huggingface_hub.errors.HfHubHTTPError:
-            errors.clear()
-        except Exception as error:
-            errors[:] = [error]
-
-    thread = threading.Thread(target=connect, daemon=True)  # No timeout of a client bounds a DNS lookup.
-    thread.start()
-    thread.join(CONNECTION_TIMEOUT)
-    for error in errors:
-        raise error
-
-
-def load_backbone_weights(name: str, body: nn.Module, meta_model: nn.Module, weights: str | Mapping) -> None:
-    """Load pretrained weights into a timm model, or into its feature extractor.
-
-    Args:
-        body: a feature extractor has flattened names, as "layers_0", and no classifier.
-        meta_model: the same model without feature extraction.
-        weights: a file or a state dict.
-
-    Raises ValueError if a tensor is missing or has another shape, or if the model lacks one."""
-
-    def flatten(names):
-        return {key.removeprefix("model.").removeprefix("body.").replace(".", "_"): key for key in names}
-
-    if not isinstance(weights, Mapping):
-        weights = timm.models.load_state_dict(weights)
-    convert = getattr(inspect.getmodule(type(meta_model)), "checkpoint_filter_fn", None)
-    if convert:
-        with contextlib.suppress(Exception), contextlib.redirect_stdout(io.StringIO()):
-            weights = convert(dict(weights), meta_model)  # If this fails, the checks below explain why.
-    source, loaded = flatten(weights), {}
-    target = {key: value for key, value in body.state_dict().items() if "num_batches_tracked" not in key}
-    missing = flatten(target).keys() - source.keys()
-    if missing:
-        raise ValueError(
-            f"{len(target) - len(missing)} of the {len(target)} tensors of {name!r} are there; "
-            f"{flatten(target)[min(missing)]!r} is missing"
-        )
-    for key in sorted(source.keys() - flatten(meta_model.state_dict()).keys()):
-        if not key.startswith(("head", "fc_", "classifier", "mask_token")):
+    weights = by_flat_name(weights if isinstance(weights, Mapping) else timm.models.load_state_dict(weights))
+    target, known = by_flat_name(body.state_dict()), by_flat_name(whole.state_dict())
+    for key in sorted(target.keys() | (weights.keys() - known.keys())):
+        found, needed = (tuple(part[key].shape) if key in part else None for part in (weights, target))
+        if found != needed:
             raise ValueError(
-                f"there is a tensor {source[key][:100]!r}, which {name!r} does not have; choose the "
-                "backbone that the weights belong to"
+                f"{len(weights.keys() & target.keys())} of the {len(target)} tensors of {name!r} are there; "
+                f"the shape of {key[:100]!r} is {found}, not {needed}"
             )
-    for key, flat_key in zip(target, flatten(target)):
-        loaded[key] = weights[source[flat_key]]
-        if loaded[key].shape != target[key].shape:
-            shapes = f"{tuple(loaded[key].shape)}, that of {name!r} is {tuple(target[key].shape)}"
-            raise ValueError(f"the tensor {key!r} is {shapes}")
-    if not next(body.parameters()).is_meta:
-        body.load_state_dict(loaded, strict=False)
+        target[key].copy_(weights[key])
 
 
 class SwinBlockPadFirst(SwinTransformerBlock):

@@ -1,23 +1,19 @@
 """The model: every formula against a plain one, and what the whole of it promises."""
 
 import inspect
-import logging
 import math
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import timm
 import torch
 from conftest import TINY
-from safetensors.torch import save_file
 from torch import nn
 
 import deform_attn_cpu
@@ -539,8 +535,12 @@ def test_local_backbone_weights_are_read(make_model, tmp_path):
 @pytest.mark.parametrize(
     "name, other, words",
     [
-        ("resnet18", "resnet34", "a tensor 'layer1.2.bn1.bias', which 'resnet18' does not have"),
-        ("resnet34", "resnet18", "100 of the 180 tensors of 'resnet34' are there; 'layer1.2.bn1.bias' is"),
+        ("resnet18", "resnet34", r"the shape of 'layer1_2_bn1_bias' is \(64,\), not None"),
+        (
+            "resnet34",
+            "resnet18",
+            "100 of the 180 tensors of 'resnet34' are there; the shape of 'layer1_2_bn1_b",
+        ),
         ("test_resnet", "test_vit", "0 of the 75 tensors"),
     ],
 )
@@ -552,15 +552,15 @@ def test_weights_of_another_architecture_are_refused(name, other, words):
 def test_a_tensor_of_another_shape_is_named():
     weights = timm.create_model("test_vit").state_dict()
     weights["blocks.1.mlp.fc1.bias"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"tensor 'blocks.1.mlp.fc1.bias' is \(3,\), that of 'test_vit' is"):
+    with pytest.raises(ValueError, match=r"the shape of 'blocks_1_mlp_fc1_bias' is \(3,\), not \(192,\)"):
         model.build_backbone("test_vit", weights=weights)
 
 
 def test_register_tokens_for_a_vit_without_are_refused():
     weights = timm.create_model("test_vit").state_dict()
     width = weights["cls_token"].shape[-1]
-    weights |= {"register_tokens": torch.zeros(1, 4, width), "mask_token": torch.zeros(1, width)}
-    with pytest.raises(ValueError, match="a tensor 'register_tokens', which 'test_vit' does not have"):
+    weights["register_tokens"] = torch.zeros(1, 4, width)
+    with pytest.raises(ValueError, match=r"the shape of 'register_tokens' is \(1, 4, 64\), not None"):
         model.build_backbone("test_vit", weights=weights)
 
 
@@ -671,82 +671,6 @@ def test_a_backbone_for_images_of_one_size_is_refused_in_one_line(name, args, wo
     with torch.device("meta"), pytest.raises(ValueError, match=words) as caught:
         model.build_backbone(name, **args)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
-
-
-# ------------------------------------------------------------------------------------ pretrained weights
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """An empty cache of the Hugging Face hub, and no server. The calls to the latter are listed."""
-    calls = []
-
-    def no_server(url, **_):
-        calls.append(url)
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", no_server)
-    return calls
-
-
-def test_without_a_network_one_line_says_what_to_download(hub):
-    with pytest.raises(ValueError, match="cannot download the pretrained weights") as caught:
-        Mask2Former(3, "dinov3_s", pretrained=True)
-    text, repo = str(caught.value), "https://huggingface.co/timm/vit_small_patch16_dinov3.lvd1689m"
-    assert hub == [f"{repo}/resolve/main/model.safetensors"] and "\n" not in text
-    for word in (f"model.safetensors from {repo} ", "--backbone-weights", "--pretrained false", "not known"):
-        assert word in text
-
-
-def test_a_server_that_does_not_answer_is_not_waited_for(hub, monkeypatch):
-    answer = threading.Event()
-    monkeypatch.setattr(model, "CONNECTION_TIMEOUT", 0.05)
-    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: answer.wait())
-    with pytest.raises(ValueError, match="no answer in 0.05 seconds"):
-        model.build_backbone("test_resnet", pretrained=True)
-    answer.set()
-
-
-def test_a_server_that_answers_is_asked_for_the_weights(hub, monkeypatch):
-    """Even if it answers that this file is not there: timm knows other names."""
-    answer = huggingface_hub.errors.HfHubHTTPError.__new__(huggingface_hub.errors.HfHubHTTPError)
-    for answered in (lambda url: None, lambda url: (_ for _ in ()).throw(answer)):
-        asked, create = [], timm.create_model
-
-        def create_model(name, asked=asked, create=create, pretrained=False, **kwargs):
-            asked.append(pretrained)
-            return create(name, **kwargs)
-
-        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", answered)
-        monkeypatch.setattr(timm, "create_model", create_model)
-        model.build_backbone("test_resnet", pretrained=True)
-        assert asked.count(True) == 1
-        monkeypatch.setattr(timm, "create_model", create)
-
-
-def test_cached_weights_need_no_server_and_timm_is_silent(hub, tmp_path, caplog):
-    folder = tmp_path / "hub/models--timm--test_vit.r160_in1k"
-    (folder / "snapshots/abc").mkdir(parents=True)
-    (folder / "refs").mkdir()
-    (folder / "refs/main").write_text("abc")
-    torch.manual_seed(1)
-    weights = timm.create_model("test_vit", num_classes=1000).state_dict()
-    save_file({**weights, "unexpected": torch.ones(1)}, folder / "snapshots/abc/model.safetensors")
-    caplog.set_level(logging.INFO)
-    body = model.build_backbone("test_vit", pretrained=True).body
-    for name, value in body.state_dict().items():
-        assert torch.equal(value, weights[name]), name
-    assert not hub and not caplog.records
-
-
-def test_a_backbone_without_pretrained_weights_is_named(monkeypatch):
-    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: timm.models.PretrainedCfg())
-    with pytest.raises(
-        ValueError, match="no pretrained weights of 'test_resnet'; train from scratch with pre"
-    ):
-        model.build_backbone("test_resnet", pretrained=True)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """From a Config to data, fresh models and loss; wrong options and annotations are reported here, before
 training."""
 
+import logging
 import shlex
 import sys
 import textwrap
@@ -24,7 +25,7 @@ from data import (
     split_hash,
     stable_seed,
 )
-from interop.backbone import load_backbone_weights
+from interop.backbone import download_pretrained, load_backbone_weights
 from interop.load import load_any_checkpoint, load_partial
 from layouts import load_data
 from layouts.cityscapes import is_cityscapes, official_evaluation
@@ -33,7 +34,13 @@ from layouts.validate import format_bins
 from matcher import SetCriterion
 from model import Mask2Former
 from training.auto import choose_options, fit_steps, measure_facts, measure_step_seconds
-from training.checkpoint import has_checkpoints, load_student_checkpoint, load_teacher_checkpoint, lock
+from training.checkpoint import (
+    has_checkpoints,
+    load_student_checkpoint,
+    load_teacher_checkpoint,
+    lock,
+    step_files,
+)
 from training.cli import expected_errors, format_value, option_flag
 from training.config import PRESETS, Config, read_settings, rescale_for_batch_size, write_settings
 from training.distributed import Env, init_distributed, print_rank0, rank, rank0_first, world_size
@@ -247,32 +254,52 @@ def describe(cfg: Config, data: Data) -> dict:
 
 def build_model(cfg: Config, data: Data, name: str) -> Mask2Former:
     """Build a fresh model: a pretrained backbone (or a random one) and random decoders, drawn from (seed,
-    name); or initialized from --init-from."""
+    name); or initialized from --init-from. Nothing is downloaded for a phase that has checkpoints to resume
+    from."""
     torch.manual_seed(stable_seed(cfg.seed, "model", name))
+    logging.getLogger("timm").setLevel(logging.ERROR)  # It warns of weights of classifiers.
     args = model_arguments(cfg, data)
+    phase = "burnin" if name == "student" else "supervised" if cfg.supervised_only else "teacher"
     with expected_errors():
         if cfg.init_from:
             model = Mask2Former(**args)
             load_partial(model, load_any_checkpoint(cfg.init_from)["model"])
+        elif cfg.backbone_weights:
+            weights = load_backbone_weights(cfg.backbone_weights, cfg.backbone, args.get("backbone_args"))
+            model = Mask2Former(**args, backbone_weights=weights)
+        elif cfg.pretrained and not step_files(cfg.out, phase):
+            model = _pretrained_model(cfg, args)
         else:
-            weights = load_backbone_weights(cfg.backbone_weights) if cfg.backbone_weights else None
-            model = Mask2Former(**args, pretrained=cfg.pretrained, backbone_weights=weights)
+            model = Mask2Former(**args)
     return model.to(data.env.device)
 
 
+def _pretrained_model(cfg: Config, args: dict) -> Mask2Former:
+    download_pretrained(cfg.backbone)
+    try:
+        return Mask2Former(**args, pretrained=True)
+    except RuntimeError as error:
+        if "state_dict" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"cannot use the pretrained weights of {cfg.backbone!r}: {reason}") from None
+
+
 def check_model(cfg: Config, data: Data) -> None:
-    """Raises ValueError if the options give no model, or one that does not take images of any size, or if
-    backbone weights or a checkpoint to start from do not fit."""
+    """Raises ValueError if the options give no model, or one that does not take images of any size, if
+    pretrained weights cannot be downloaded, or if backbone weights or a checkpoint do not fit."""
     args = model_arguments(cfg, data)
     _meta_model(args)
     if cfg.backbone_weights:
         if not Path(cfg.backbone_weights).exists():
             raise ValueError(f"no file --backbone-weights {cfg.backbone_weights!r}")
-        weights = load_backbone_weights(cfg.backbone_weights)
+        weights = load_backbone_weights(cfg.backbone_weights, cfg.backbone, args.get("backbone_args"))
         try:
             _meta_model({**args, "backbone_weights": weights})
         except ValueError as error:
             raise ValueError(f"--backbone-weights {cfg.backbone_weights}: {error}") from None
+    elif cfg.pretrained and not (cfg.init_from or cfg.student_checkpoint or has_checkpoints(cfg.out)):
+        download_pretrained(cfg.backbone)
     names = data.train.class_names
     if cfg.teacher_checkpoint:
         load_teacher_checkpoint(cfg, names)
