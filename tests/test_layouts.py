@@ -684,7 +684,7 @@ def test_what_the_validation_reports_is_reported_once(tmp_path):
     content = coco_form(images)
     content["annotations"][0]["segmentation"] = []
     write(tmp_path, image_files(images, "images/{}") | {"instances_train.json": content})
-    train, val = load_data(str(tmp_path))
+    train, val = load_data(str(tmp_path), val_ratio=0.3)
     assert train.bins == {"trained": 15, "boxes only": 1} and len(train.notes) == 1
     assert val.bins == {} and val.notes == val.errors == []
 
