@@ -26,6 +26,7 @@ from layouts import load_data
 from layouts.validate import format_bins
 from training.cli import Parser, expected_errors, parse_config
 from training.config import Config
+from training.distributed import Env
 from training.setup import (
     Data,
     bins_of_run,
@@ -58,36 +59,7 @@ def main(argv=None) -> None:
         env = join_processes(cfg)
         train, val = load_data(cfg.data, **cfg.data_args, strict=False)
     print(f"{cfg.data}: {train.layout}")
-    datasets = {"training": train, "validation": val} if val else {"training": train}
-    errors = [f"{d.json_file}: {message}" for d in datasets.values() for message in d.errors]
-    data, warnings = None, []
-    try:
-        data = select_data(cfg, env, train, val)
-        complete_settings(cfg, data)
-        warnings += data_warnings(cfg, data)
-    except (ValueError, OSError) as error:
-        errors.append(str(error))
-    origins = {}
-    unreadable = {}
-    for name, dataset in datasets.items():
-        bins = bins_of_run(data) if data and dataset is train else dataset.bins
-        print(f"\n{name}: {dataset.json_file}, {len(dataset)} images")
-        print("\n".join(dataset_lines(dataset, bins, cfg.num_queries)))
-        unreadable[name], found = check_images(dataset, name, origins)
-        warnings += found
-    errors += unreadable.get("validation", {}).values()
-    warnings += [f"{error}; another image takes its place" for error in unreadable["training"].values()]
-    if data:
-        print("\n".join(("", *split_lines(data), *choice_lines(cfg))))
-        in_folders = read_unlabeled(data)
-        warnings += [f"{error}; another image takes its place" for error in in_folders]
-        of_labeled = [unreadable["training"][i] for i in data.labeled if i in unreadable["training"]]
-        of_pool = [*unreadable["training"].values(), *in_folders]
-        errors += [
-            *data.errors,
-            *too_many_unreadable("labeled", of_labeled, len(data.labeled)),
-            *too_many_unreadable("unlabeled", of_pool, len(data.unlabeled.image_ids)),
-        ][:1]
+    errors, warnings = check(cfg, env, train, val)
     print()
     for kind, messages in (("warning", warnings), ("error", errors)):
         messages = list(dict.fromkeys(messages))
@@ -100,6 +72,43 @@ def main(argv=None) -> None:
         write_sheet(train, sheet)
         print(f"images with their masks: {sheet}")
     sys.exit(2 if errors else 0)
+
+
+def check(cfg: Config, env: Env, train: CocoDataset, val: CocoDataset | None) -> tuple[list[str], list[str]]:
+    """Check datasets, their images, and the settings of a run. Prints tables, returns errors and warnings."""
+    datasets = {"training": train} if val is None else {"training": train, "validation": val}
+    errors = [f"{d.json_file}: {message}" for d in datasets.values() for message in d.errors]
+    data, warnings = None, []
+    try:
+        data = select_data(cfg, env, train, val)
+        complete_settings(cfg, data)
+        warnings += data_warnings(cfg, data)
+    except (ValueError, OSError) as error:
+        errors.append(str(error))
+    origins, unreadable = {}, {}
+    for name, dataset in datasets.items():
+        bins = bins_of_run(data) if data and dataset is train else dataset.bins
+        print(f"\n{name}: {dataset.json_file}, {len(dataset)} images")
+        print("\n".join(dataset_lines(dataset, bins, cfg.num_queries)))
+        unreadable[name], found = check_images(dataset, name, origins)
+        warnings += found
+    errors += unreadable.get("validation", {}).values()
+    damaged, too_many = list(unreadable["training"].values()), []
+    if data:
+        print("\n".join(("", *split_lines(data), *choice_lines(cfg))))
+        damaged += read_unlabeled(data)
+        of_labeled = [unreadable["training"][i] for i in data.labeled if i in unreadable["training"]]
+        too_many = [
+            *data.errors,
+            *too_many_unreadable("labeled", of_labeled, len(data.labeled)),
+            *too_many_unreadable("unlabeled", damaged, len(data.unlabeled.image_ids)),
+        ]
+    errors += too_many[:1]
+    if errors:
+        errors += damaged
+    else:
+        warnings += [f"{error}; another image takes its place" for error in damaged]
+    return errors, warnings
 
 
 def dataset_lines(dataset: CocoDataset, bins: dict[str, int], num_queries: int) -> Iterator[str]:

@@ -232,9 +232,9 @@ def inspect(train: CocoDataset, val: CocoDataset | None) -> tuple[list[str], lis
             dataset.pixel_range = found.pixel_range if dataset is train else train.pixel_range
             dataset.exif_stored = found.exif_stored
             notes += found.notes
-            errors += too_many_unreadable(kind, found.unreadable, len(dataset))
-            if dataset is train:
-                notes += [f"{error}; another image takes its place" for error in found.unreadable]
+            too_many = too_many_unreadable(kind, found.unreadable, len(dataset))
+            errors += too_many
+            notes += [] if too_many else [f"{e}; another image takes its place" for e in found.unreadable]
     return notes, errors
 
 
@@ -251,11 +251,11 @@ def inspect_unlabeled(unlabeled: UnlabeledImages) -> list[str]:
     """Look at the headers of some of the images of --unlabeled. Returns notes about them."""
     train = unlabeled.dataset
     pool = inspect_images(unlabeled, unlabeled.image_ids[len(train) :], max_images=200)
-    notes = pool.notes
-    if pool.pixel_range and pool.pixel_range != train.pixel_range:
+    notes, pixel_range = pool.notes, train.pixel_range or (0, 65535)
+    if pool.pixel_range and pool.pixel_range != pixel_range:
         notes.append(
             f"unlabeled images have values in {pool.pixel_range}; they are read with the range of the "
-            f"labeled ones, {train.pixel_range or (0, 65535)}"
+            f"labeled ones, {pixel_range}"
         )
     if pool.unreadable:
         example = pool.unreadable[0]
@@ -416,10 +416,10 @@ def command_without_choices(cfg: Config) -> str:
 def data_warnings(cfg: Config, data: Data) -> Iterator[str]:
     """Yield what training can handle, but the owner of the data should know."""
     train, val = data.train, data.val
-    if not val:
+    if val is None:
         yield f"{cfg.data} has no validation set, so no AP will be shown; --val-json names one"
     for dataset in (train, val):
-        yield from (f"{dataset.json_file}: {note}" for note in (dataset.notes if dataset else ()))
+        yield from (f"{dataset.json_file}: {note}" for note in (() if dataset is None else dataset.notes))
     yield from data.notes
     count = sum(not train.annotations(image_id) for image_id in train.image_ids)
     if count and unannotated_are_unlabeled(cfg):
