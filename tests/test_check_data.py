@@ -1,6 +1,8 @@
 """Tests of tools/check_data.py, and of training on a user's folder with 6 labeled and 30 unlabeled images of
 all modes."""
 
+import contextlib
+import io
 import json
 
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 from data import EXIF_ORIENTATION
 from tools import check_data
 from training.cli import parse_config
-from training.setup import print_setup, set_up
+from training.setup import choice_lines, print_setup, set_up
 
 MODES = ["RGB", "L", "LA", "P", "RGBA", "1", "CMYK", "I;16"]
 POLYGON = [[4, 4, 30, 4, 30, 30, 4, 30]]
@@ -64,6 +66,14 @@ def user_folder(tmp_path):
     return folder, content
 
 
+def check(folder, *flags) -> tuple[int, str]:
+    """Run the checker. Returns its exit code and all that it prints. The page is sheet.png in the folder."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), pytest.raises(SystemExit) as stop:
+        check_data.main([str(folder), "--sheet", str(folder / "sheet.png"), *map(str, flags)])
+    return stop.value.code, out.getvalue()
+
+
 TINY = (
     "--preset shapes --ratio 1 --steps 2 --crop 32,32 --num-queries 5 --hidden-dim 32 --batch 2 --log-every 1"
 )
@@ -98,15 +108,19 @@ def test_a_valid_folder_has_no_errors_and_its_counts_are_shown(user_folder, tmp_
     folder, _ = user_folder
     flags = ["--unlabeled", folder / "plain", "--ratio", "1", "--sheet", tmp_path / "a/sheet.png"]
     flags += ["--val-ratio", "0"]
-    printed = run("tools.check_data", folder, *flags).stdout
+    printed = run("tools.check_data", folder, *flags, "--device", "cpu").stdout
+    assert printed.startswith(f"{folder}: folder in COCO form (instances_train.json; images in images)\n")
     for line in (
         "cat          3        3        0        0        0        3",
         "all          6        6        0        0        0        6",
-        "at most 1 objects in an image, 0 images without objects",
+        "annotations: 6\n6  trained\n",
+        "at most 1 objects in an image, 0 images without objects, 0 with more than the 20 queries",
+        "image sizes (height x width): smallest 40 x 48, median 40 x 48, largest 40 x 48",
         "labeled: 6 of 6 images, with 2 of 2 classes",
-        "unlabeled: 36 images, 30 of them from folders",
-        "warning: there is no validation set, so training cannot show AP",
-        "\n0 errors, 1 warnings",
+        f"unlabeled: 36 images: 6 training images, 30 of {folder / 'plain'}",
+        f"warning: {folder} has no validation set, so no AP will be shown; --val-json names one",
+        "warning: a batch has 8 images, but only 6 are labeled",
+        "\n0 errors, 2 warnings",
     ):
         assert line in printed, printed
     assert np.asarray(Image.open(tmp_path / "a/sheet.png")).std() > 10
@@ -141,65 +155,176 @@ def test_every_planted_defect_is_named(user_folder, tmp_path):
     flags = ["--unlabeled", folder / "plain", "--ratio", "1", "--num-queries", "1"]
     flags += ["--sheet", tmp_path / "sheet.png"]
     done = run("tools.check_data", folder, *flags, code=2)
+    train_json, val_json = folder / "instances_train.json", folder / "instances_val.json"
     for line in (
-        "error: instances_train.json: image 1: cannot read image '",
-        "error: instances_train.json: image 2: cannot use image '",
-        "is 40 x 48, its annotations are for 39 x 48",
-        "warning: instances_train.json: 1 of 7 images are missing and left out, such as image 60: its file",
-        "warning: instances_train.json: annotations left out: 1 with polygons of fewer than three corners",
-        "warning: instances_train.json: annotations left out: 1 with an empty mask, such as annotation 101",
-        "error: instances_train.json: annotation 102: (image 3) the runs of its RLE sum to 3, the image has",
-        "error: instances_train.json: annotation 103: its image_id 77 is not in the file",
-        "error: instances_train.json: annotation 104: its category_id 4 is not in the file",
+        f"error: cannot read image '{folder}/images/1.png': ",
+        "is 40 x 48, its annotations are for 39 x 48 (height x width)",
+        f"error: {train_json}: 1 of 6 images have another size than their annotations: image 2 ('2.png')",
+        "error: 2 training images cannot be read, such as: cannot read image '",
+        f"warning: {train_json}: 1 of 7 images are missing and left out, such as image 60: its file",
+        f"warning: {train_json}: annotations left out: 1 with polygons of fewer than three corners",
+        f"warning: {train_json}: annotations left out: 1 with an empty mask, such as annotation 101",
+        f"error: {train_json}: annotation 102: (image 3) the runs of its RLE sum to 3, the image has",
+        f"error: {train_json}: annotation 103: its image_id 77 is not in the file",
+        f"error: {train_json}: annotation 104: its category_id 4 is not in the file",
         "warning: instances_val.json: image 90 ('copy.png') is the same file as instances_train.json: image",
-        "warning: instances_train.json: image 3 has 2 objects, the model has only 1 queries",
-        "error: cannot read image '",
-        "warning: 1 classes are in no labeled image: cow",
-        "warning: instances_val.json: it has no object to find",
+        "at most 2 objects in an image, 0 images without objects, 1 with more than the 1 queries",
+        "warning: an image has 2 objects, the model 1 queries; pass --num-queries 2",
+        "warning: 1 classes are in no labeled image: cow; they cannot be learned, unless --ratio or",
+        f"warning: {val_json}: it has no object to find (0 annotations: 0 trained), so AP is '-'",
+        "annotations: 13\n7  trained\n1  crowd\n1  fewer than three corners\n1  empty\n3  invalid\n",
     ):
         assert line in done.stdout, done.stdout
-    assert "plain/0.jpg" in done.stdout and "Traceback" not in done.stderr
-    assert "\n7 errors" in done.stdout, done.stdout
+    assert f"error: cannot read image '{folder}/plain/0.jpg'" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert "\n8 errors" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize(
-    "flags, words", [(["--ratio", "5"], "ratio 5.0 must be in"), (["--sheet", "s.foo"], "foo")]
+    "flags, words",
+    [
+        (["--unlabeled", "nowhere"], "no folder 'nowhere'"),
+        (["--labeled-list", "gone.txt"], "cannot read the labeled list 'gone.txt'"),
+        (["--backbone", "resnet1"], "resnet1"),
+        (["--sheet", "s.foo"], "foo"),
+    ],
 )
-def test_a_bad_flag_does_not_suppress_the_report(user_folder, tmp_path, monkeypatch, capsys, flags, words):
+def test_a_bad_flag_does_not_suppress_the_report(user_folder, tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        check_data.main([str(user_folder[0]), "--val-ratio", "0", *flags])
-    printed = capsys.readouterr()
-    assert stop.value.code == 2 and "there is no validation set" in printed.out
-    assert words in printed.out + printed.err
+    code, printed = check(user_folder[0], "--val-ratio", "0", *flags)
+    assert code == 2 and "annotations: 6" in printed and words in printed
 
 
-@pytest.mark.parametrize(
-    "flags", ["--labeled-list few.txt --unlabeled a b", "--split few.txt --unlabelled a b"]
-)
-def test_former_spellings_of_flags_are_accepted(flags):
-    args = check_data.parse_arguments(["my_dataset", *flags.split()])
-    assert (args.labeled_list, args.unlabeled) == ("few.txt", ["a", "b"])
-    assert check_data.parse_arguments(["my_dataset"]).labeled_list == ""
-    assert check_data.parse_arguments(["my_dataset"]).unlabeled == []
+def test_former_spellings_of_flags_are_accepted():
+    flags = "my_dataset --split few.txt --unlabelled a b --sheet page.png"
+    cfg, sheet = check_data.parse_arguments(flags.split())
+    assert (cfg.data, cfg.labeled_list, cfg.unlabeled, sheet) == (
+        "my_dataset",
+        "few.txt",
+        ["a", "b"],
+        "page.png",
+    )
 
 
-def test_former_spellings_of_flags_are_hidden(capsys):
-    with pytest.raises(SystemExit):
-        check_data.parse_arguments(["--help"])
-    usage = capsys.readouterr().out
-    assert "--labeled-list" in usage and "--split" not in usage and "--unlabelled" not in usage
+def test_flags_mean_what_they_mean_for_a_run():
+    flags = "--unlabeled a --unannotated background --val-ratio 0.3 --num-queries 7 --crop 64,64"
+    cfg, sheet = check_data.parse_arguments(["my_dataset", *flags.split()])
+    assert (cfg, sheet) == (parse_config(["--data", "my_dataset", *flags.split()]), "sheet.png")
+    assert (cfg.preset, cfg.ratio, cfg.data_args) == ("auto", 1, {"val_ratio": 0.3})
 
 
-def test_the_labeled_list_is_checked(user_folder, tmp_path, capsys):
+def test_the_labeled_list_is_checked(user_folder, tmp_path):
     (tmp_path / "few.txt").write_text("0.png\n2.png\n")
     flags = ["--labeled-list", str(tmp_path / "few.txt"), "--sheet", str(tmp_path / "sheet.png")]
     flags += ["--val-ratio", "0"]
-    with pytest.raises(SystemExit):
-        check_data.main([str(user_folder[0]), *flags])
-    printed = capsys.readouterr().out
+    _, printed = check(user_folder[0], *flags)
     assert "labeled: 2 of 6 images, with 1 of 2 classes" in printed
     assert "warning: 1 classes are in no labeled image: dog" in printed
+
+
+def remove_images(folder, content):
+    for number in (1, 2):
+        (folder / f"images/{number}.png").unlink()
+
+
+def damage_image(folder, content):
+    (folder / "images/5.png").write_text("hello")
+
+
+def make_crowds(folder, content):
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+
+
+def make_boxes(folder, content):
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = []
+
+
+def clear_annotations(folder, content):
+    del content["annotations"][2:]
+
+
+def damage_validation(folder, content):
+    validation = content | {"images": content["images"][3:], "annotations": []}
+    (folder / "instances_val.json").write_text(json.dumps(validation))
+    damage_image(folder, content)
+
+
+@pytest.mark.parametrize(
+    "change, flags, refused, words",
+    [
+        (remove_images, "", True, "error: {train}: 2 of 6 images are missing, such as image 1"),
+        (remove_images, "--allow-missing", False, "warning: {train}: 2 of 6 images are missing and left out"),
+        (damage_image, "", False, "; another image takes its place"),
+        (damage_validation, "", True, "error: 1 validation images cannot be read"),
+        (make_crowds, "", True, "error: {train}: its masks are 6 crowds (iscrowd 1)"),
+        (make_crowds, "--crowd-is-object --ratio 1", False, "\n6  trained\n"),
+        (make_boxes, "", True, "(6 annotations: 0 trained, 6 boxes only); boxes are not enough"),
+        (clear_annotations, "", False, "warning: 4 images without annotations are unlabeled; if they show"),
+        (
+            clear_annotations,
+            "--unannotated background --ratio 0.01 --seed 1",
+            True,
+            "no labeled image has an",
+        ),
+        (clear_annotations, '--model-args {"hidden_dim":30}', True, "--model-args"),
+    ],
+)
+def test_the_exit_code_is_2_exactly_when_a_run_refuses(user_folder, tmp_path, change, flags, refused, words):
+    folder, content = user_folder
+    change(folder, content)
+    (folder / "instances_train.json").write_text(json.dumps(content))
+    flags = f"--val-ratio 0 --hours 0 --device cpu --out {tmp_path / 'run'} {flags}".split()
+    code, printed = check(folder, *flags)
+    assert words.format(train=folder / "instances_train.json") in printed, printed
+    try:
+        set_up(parse_config(["--data", str(folder), *flags]))
+        was_refused = False
+    except ValueError:
+        was_refused = True
+    assert (code, was_refused) == (2 if refused else 0, refused)
+
+
+def test_damaged_images_that_would_end_a_run_later_are_an_error(user_folder):
+    """The headers can be read, so that a run begins."""
+    folder, _ = user_folder
+    for number in (0, 3):
+        path = folder / f"images/{number}.png"
+        path.write_bytes(path.read_bytes()[:-2000])
+    code, printed = check(folder, "--val-ratio", "0", "--ratio", "1", "--device", "cpu")
+    assert code == 2 and "error: 2 labeled images cannot be read, such as: cannot read image" in printed
+
+
+def test_the_settings_that_preset_auto_chooses_are_those_of_a_run(user_folder, tmp_path):
+    flags = f"--val-ratio 0 --hours 0 --device cpu --batch 3 --out {tmp_path / 'run'}".split()
+    _, printed = check(user_folder[0], *flags)
+    cfg = parse_config(["--data", str(user_folder[0]), *flags])
+    set_up(cfg)
+    lines = list(choice_lines(cfg))
+    assert "\n".join(lines) in printed and len(lines) > 15
+    assert "    --crop 64,64  (the median image is 48 pixels long, an image fits)" in lines
+    assert "--batch 3" not in printed
+
+
+def test_the_page_shows_images_of_twelve_bits_as_training_sees_them(user_folder):
+    folder, _ = user_folder
+    for number in range(6):
+        pixels = np.full((40, 48), 3000, dtype=np.uint16)
+        pixels[4:30, 4:30] = 4000
+        Image.fromarray(pixels).save(folder / f"images/{number}.png")
+    code, _ = check(folder, "--val-ratio", "0")
+    # The object of the first image, which is not dimmed: 4000 of 4095 is 249 of 255.
+    page = np.asarray(Image.open(folder / "sheet.png").convert("L"))
+    assert code == 0 and page[60, 60] == round(4000 / 4095 * 255)
+
+
+def test_an_empty_validation_set_is_named(user_folder):
+    folder, content = user_folder
+    (folder / "instances_val.json").write_text(json.dumps(content | {"images": [], "annotations": []}))
+    code, printed = check(folder)
+    assert code == 0 and "instances_val.json: it has no image, so AP is '-'" in printed
+    assert "has no validation set" not in printed
 
 
 def test_missing_data_is_an_error_of_one_line(tmp_path, capsys):

@@ -1,14 +1,18 @@
 """Check a dataset before spending GPU days on it.
 
-    python -m tools.check_data my_dataset            # counts, problems, a page of images with their masks
+    python -m tools.check_data my_dataset            # what a run would see, and a page of images with masks
+    python -m tools.check_data my_dataset --unlabeled my_images/ --sheet my_dataset.png
     python -m tools.check_data coco --root datasets/coco --ratio 0.01 --unlabeled datasets/coco/unlabeled2017
 
-Every image is read and every mask is decoded. The exit code is 2 if there are errors. Warnings do not prevent
-training."""
+The dataset comes first. The flags are those of a run (python distill.py --help), and mean the same. --sheet
+FILE is the page of images with their masks [sheet.png].
 
-import argparse
+Every image is read and every mask is decoded. The exit code is 2 if a run with these flags would be refused,
+or would end because it cannot read its images. Warnings do not prevent training."""
+
 import hashlib
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,101 +21,131 @@ from PIL import Image
 from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
-from data import CocoDataset, DataError, UnlabeledImages, encode_rle, labeled_split, split_from_file
+from data import CocoDataset, DataError, encode_rle
 from layouts import load_data
-from layouts.images import find_unlabeled
-from training.cli import Parser, add_data_flags, data_args, expected_errors
+from layouts.validate import format_bins
+from training.cli import Parser, expected_errors, parse_config
+from training.config import Config
+from training.distributed import Env
+from training.setup import (
+    Data,
+    bins_of_run,
+    choice_lines,
+    complete_settings,
+    data_warnings,
+    join_processes,
+    select_data,
+    too_many_unreadable,
+)
 from training.visualize import draw_instances
 
 MAX_LISTED = 100  # messages of one kind that are printed
 COUNTS = ("objects", "small", "medium", "large", "crowds", "images")  # columns of the table of classes
 
 
-def parse_arguments(argv=None):
-    parser = Parser(description=__doc__)
-    add = parser.add_argument
-    add("data", help="a folder with instances_train.json and images/, or shapes, coco, cityscapes")
-    add_data_flags(parser)
-    add("--unlabeled", nargs="+", default=[], help="folders of unlabeled images")
-    add("--labeled-list", default="", help="file with the labeled images, one per line")
-    add("--ratio", type=float, default=0.1, help="labeled fraction of the training images [0.1]")
-    add("--seed", type=int, default=0, help="seed of the labeled split [0]")
-    add("--num-queries", type=int, default=100, help="number of queries of the model to train [100]")
-    add("--sheet", default="sheet.png", help="file for a page of images with their masks [sheet.png]")
-    hidden = dict(default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # former spellings
-    add("--unlabelled", nargs="+", dest="unlabeled", **hidden)
-    add("--split", dest="labeled_list", **hidden)
-    return parser.parse_args(argv)
+def parse_arguments(argv=None) -> tuple[Config, str]:
+    """Return the Config of a run with these flags, and the file for the page of images."""
+    own_flags = Parser(None, add_help=False)
+    own_flags.add_argument("--sheet", default="sheet.png")
+    own, flags = own_flags.parse_known_args(argv)
+    if flags and not flags[0].startswith("-"):
+        flags = ["--data", *flags]
+    return parse_config(flags, __doc__), own.sheet
 
 
 def main(argv=None) -> None:
-    args = parse_arguments(argv)
     with expected_errors():
-        train, val = load_data(args.data, **data_args(vars(args)), strict=False)
-    errors, warnings = check_all(train, val, args)
+        cfg, sheet = parse_arguments(argv)
+        env = join_processes(cfg)
+        train, val = load_data(cfg.data, **cfg.data_args, strict=False)
+    print(f"{cfg.data}: {train.layout}")
+    errors, warnings = check(cfg, env, train, val)
     print()
     for kind, messages in (("warning", warnings), ("error", errors)):
+        messages = list(dict.fromkeys(messages))
         for message in messages[:MAX_LISTED]:
             print(f"{kind}: {message}")
         if len(messages) > MAX_LISTED:
             print(f"{kind}: {len(messages) - MAX_LISTED} more")
-    print(f"{len(errors)} errors, {len(warnings)} warnings")
+    print(f"{len(set(errors))} errors, {len(set(warnings))} warnings")
     with expected_errors():
-        write_sheet(train, args.sheet)
-        print(f"images with their masks: {args.sheet}")
+        write_sheet(train, sheet)
+        print(f"images with their masks: {sheet}")
     sys.exit(2 if errors else 0)
 
 
-def check_all(train: CocoDataset, val: CocoDataset | None, args) -> tuple[list[str], list[str]]:
-    """Check both datasets, the labeled split and the unlabeled images. Prints counts, returns errors and
-    warnings."""
-    errors, warnings, origins = [], [], {}
-    for name, dataset in (("training", train), ("validation", val)):
-        if dataset is None:
-            warnings.append("there is no validation set, so training cannot show AP")
-            continue
-        print(f"\n{name}: {dataset.json_file}, {len(dataset)} images")
-        print(class_table(dataset))
-        new_errors, new_warnings = check_dataset(dataset, name, args.num_queries, origins)
-        errors += new_errors
-        warnings += new_warnings
-    if val and val.class_names != train.class_names:
-        errors.append(f"training has the classes {train.class_names}, validation {val.class_names}")
+def check(cfg: Config, env: Env, train: CocoDataset, val: CocoDataset | None) -> tuple[list[str], list[str]]:
+    """Check datasets, their images, and the settings of a run. Prints tables, returns errors and warnings."""
+    datasets = {"training": train} if val is None else {"training": train, "validation": val}
+    errors = [f"{d.json_file}: {message}" for d in datasets.values() for message in d.errors]
+    data, warnings = None, []
     try:
-        warnings += check_split(train, args)
-        paths, _, _ = find_unlabeled(args.unlabeled, train, val)
-        errors += check_unlabeled(UnlabeledImages(train, paths))
-    except ValueError as error:
+        data = select_data(cfg, env, train, val)
+        complete_settings(cfg, data)
+        warnings += data_warnings(cfg, data)
+    except (ValueError, OSError) as error:
         errors.append(str(error))
+    origins, unreadable = {}, {}
+    for name, dataset in datasets.items():
+        bins = bins_of_run(data) if data and dataset is train else dataset.bins
+        print(f"\n{name}: {dataset.json_file}, {len(dataset)} images")
+        print("\n".join(dataset_lines(dataset, bins, cfg.num_queries)))
+        unreadable[name], found = check_images(dataset, name, origins)
+        warnings += found
+    errors += unreadable.get("validation", {}).values()
+    damaged, too_many = list(unreadable["training"].values()), []
+    if data:
+        print("\n".join(("", *split_lines(data), *choice_lines(cfg))))
+        damaged += read_unlabeled(data)
+        of_labeled = [unreadable["training"][i] for i in data.labeled if i in unreadable["training"]]
+        too_many = [
+            *data.errors,
+            *too_many_unreadable("labeled", of_labeled, len(data.labeled)),
+            *too_many_unreadable("unlabeled", damaged, len(data.unlabeled.image_ids)),
+        ]
+    errors += too_many[:1]
+    if errors:
+        errors += damaged
+    else:
+        warnings += [f"{error}; another image takes its place" for error in damaged]
     return errors, warnings
 
 
-def check_dataset(
-    dataset: CocoDataset, name: str, num_queries: int, origins: dict
-) -> tuple[list[str], list[str]]:
-    """Check the images and masks of a dataset. Returns errors and warnings.
+def dataset_lines(dataset: CocoDataset, bins: dict[str, int], num_queries: int) -> Iterator[str]:
+    """Yield lines about the classes, annotations, objects and sizes of the images of a dataset."""
+    yield class_table(dataset)
+    if bins:
+        yield f"annotations: {sum(bins.values()):,}\n{format_bins(bins)}"
+    counts = [len(dataset.objects(image_id)) for image_id in dataset.image_ids]
+    highest, many = max(counts, default=0), sum(count > num_queries for count in counts)
+    yield (
+        f"at most {highest} objects in an image, {counts.count(0)} images without objects, {many} with more "
+        f"than the {num_queries} queries of the model"
+    )
+    sizes = sorted(map(dataset.size, dataset.image_ids), key=lambda size: size[0] * size[1])
+    if sizes:
+        places = {"smallest": 0, "median": len(sizes) // 2, "largest": -1}
+        named = [f"{name} {sizes[place][0]} x {sizes[place][1]}" for name, place in places.items()]
+        yield f"image sizes (height x width): {', '.join(named)}"
+
+
+def check_images(dataset: CocoDataset, name: str, origins: dict) -> tuple[dict, list[str]]:
+    """Read the images and masks of a dataset. Returns {image id: why it cannot be read}, and warnings.
 
     origins: {hash of an image file: where it was first seen}, extended here."""
-    file = dataset.json_file.name
-    errors = [f"{file}: {message}" for message in dataset.errors]
-    warnings = [f"{file}: {note}" for note in dataset.notes]
+    unreadable, warnings = {}, []
     checks = map_in_threads(dataset.image_ids, lambda image_id: check_image(dataset, image_id), name)
     for image_id, (digest, error, empty_masks) in checks:
-        where = f"{file}: image {image_id}"
+        where = f"{dataset.json_file.name}: image {image_id} ({dataset.file_name(image_id)!r})"
         if error:
-            errors.append(f"{where}: {error}")
+            unreadable[image_id] = error
         for annotation_id in empty_masks:
-            warnings.append(f"{file}: annotation {annotation_id} (image {image_id}) has an empty mask")
+            warnings.append(f"{where}: the mask of annotation {annotation_id} has no pixel")
         if digest in origins:
-            warnings.append(
-                f"{where} ({dataset.file_name(image_id)!r}) is the same file as {origins[digest]}"
-            )
+            warnings.append(f"{where} is the same file as {origins[digest]}")
         elif digest:
-            origins[digest] = f"{where} ({dataset.file_name(image_id)!r})"
-        num_objects = len(dataset.objects(image_id))
-        if num_objects > num_queries:
-            warnings.append(f"{where} has {num_objects} objects, the model has only {num_queries} queries")
-    return errors, warnings
+            origins[digest] = where
+    return unreadable, warnings
 
 
 def check_image(dataset: CocoDataset, image_id) -> tuple[str, str, list]:
@@ -131,7 +165,6 @@ def class_table(dataset: CocoDataset) -> str:
     """Format a table with the objects (by size), crowds and images of each class."""
     class_names = dataset.class_names
     counts = {name: np.zeros(len(class_names), dtype=int) for name in COUNTS}
-    objects_per_image = [len(dataset.objects(image_id)) for image_id in dataset.image_ids]
     for image_id in dataset.image_ids:
         labels = set()
         for annotation in dataset.annotations(image_id):
@@ -152,35 +185,30 @@ def class_table(dataset: CocoDataset) -> str:
     rows = [*zip(class_names, *counts.values()), ("all", *totals.values())]
     lines = [" " * width + "".join(f"{name:>9}" for name in COUNTS)]
     lines += [f"{name:{width}}" + "".join(f"{number:9}" for number in numbers) for name, *numbers in rows]
-    highest, empty = max(objects_per_image, default=0), objects_per_image.count(0)
-    lines.append(f"at most {highest} objects in an image, {empty} images without objects")
     return "\n".join(lines)
 
 
-def check_split(train: CocoDataset, args) -> list[str]:
-    """Print the size of the labeled split. Returns a warning if classes are missing from it."""
-    if args.labeled_list:
-        labeled = split_from_file(args.labeled_list, train)
-    else:
-        labeled = labeled_split(train.image_ids, args.ratio, args.seed)
-    labels = {label for image_id in labeled for label in train.labels(image_id)}
-    missing = [name for label, name in enumerate(train.class_names) if label not in labels]
-    classes = f"{len(labels)} of {len(train.class_names)} classes"
-    print(f"\nlabeled: {len(labeled)} of {len(train)} images, with {classes}")
-    return [f"{len(missing)} classes are in no labeled image: {', '.join(missing[:20])}"] if missing else []
+def split_lines(data: Data) -> Iterator[str]:
+    """Yield the number of labeled and of unlabeled images."""
+    train = data.train
+    labels = {label for image_id in data.labeled for label in train.labels(image_id)}
+    classes = f"{len(labels)} of {data.num_classes} classes"
+    yield f"labeled: {len(data.labeled):,} of {len(train):,} images, with {classes}"
+    folders = "".join(f", {count:,} of {folder}" for folder, count in data.folder_counts.items())
+    yield f"unlabeled: {len(data.unlabeled.image_ids):,} images: {len(train):,} training images{folders}"
 
 
-def check_unlabeled(images: UnlabeledImages) -> list[str]:
-    """Read the unlabeled images that come from folders. Returns errors."""
-    in_folders = images.image_ids[len(images.dataset) :]
-    print(f"unlabeled: {len(images.image_ids)} images, {len(in_folders)} of them from folders")
+def read_unlabeled(data: Data) -> list[str]:
+    """Read the images of --unlabeled. Returns why some cannot be read."""
 
-    def check(image_id):
+    def check(image_id) -> str:
         try:
-            images.image(image_id)
+            data.unlabeled.image(image_id)
+            return ""
         except DataError as error:
             return str(error)
 
+    in_folders = data.unlabeled.image_ids[len(data.train) :]
     return [error for _, error in map_in_threads(in_folders, check, "unlabeled") if error]
 
 

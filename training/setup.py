@@ -54,7 +54,7 @@ LOADER_TIMEOUT = 300.0  # seconds without a batch after which a loader process c
 class Data:
     """The data of a run: datasets, labeled image ids, the unlabeled pool (every training image, the
     labeled ones too, and those of --unlabeled: {folder: number} in folder_counts). val may be None. notes are
-    about image files that are left out or look wrong."""
+    about image files that are left out or look wrong; with any of the errors, no run starts."""
 
     cfg: Config
     env: Env
@@ -64,6 +64,7 @@ class Data:
     unlabeled: UnlabeledImages
     folder_counts: dict[str, int]
     notes: list[str]
+    errors: list[str]
 
     @property
     def augmentation(self) -> Augmentation:
@@ -115,19 +116,11 @@ class Data:
 def set_up(cfg: Config) -> tuple[Env, Data, SetCriterion]:
     """Join the other processes, read the data and build the loss. Raises ValueError for what a user got
     wrong."""
-    env = init_distributed(cfg.device, cfg.precision)
-    if cfg.batch % world_size():
-        raise ValueError(f"--batch {cfg.batch} must be a multiple of the {world_size()} processes")
-    if cfg.norm == "batch" and world_size() > 1 and env.device.type != "cuda":
-        raise ValueError("--norm batch is synchronized on GPUs only; use group or frozen on several CPUs")
-    lr_multiplier(cfg.schedule, progress=0.0)  # raises for an unknown name
-    if cfg.tensorboard:
-        tensorboard_writer()
+    env = join_processes(cfg)
     data = read_data(cfg, env)
-    if cfg.preset == "auto":
-        choose_settings(cfg, data)
-    data.augmentation  # noqa: B018  raises for a wrong crop or scale
-    check_model(cfg, data)
+    if rank() == 0:
+        lock(Path(cfg.out))
+    complete_settings(cfg, data)
     weights = dict(zip(("weight_class", "weight_mask", "weight_dice"), cfg.loss_weights))
     criterion = SetCriterion(
         data.num_classes, **weights, no_object_weight=cfg.no_object_weight, num_points=cfg.num_points
@@ -138,6 +131,28 @@ def set_up(cfg: Config) -> tuple[Env, Data, SetCriterion]:
     if rank() == 0:
         write_settings(cfg)
     return env, data, criterion
+
+
+def join_processes(cfg: Config) -> Env:
+    """Join the other processes, choose the device, and check the options that need no data. Raises
+    ValueError."""
+    env = init_distributed(cfg.device, cfg.precision)
+    if cfg.batch % world_size():
+        raise ValueError(f"--batch {cfg.batch} must be a multiple of the {world_size()} processes")
+    if cfg.norm == "batch" and world_size() > 1 and env.device.type != "cuda":
+        raise ValueError("--norm batch is synchronized on GPUs only; use group or frozen on several CPUs")
+    lr_multiplier(cfg.schedule, progress=0.0)  # raises for an unknown name
+    if cfg.tensorboard:
+        tensorboard_writer()
+    return env
+
+
+def complete_settings(cfg: Config, data: Data) -> None:
+    """Let preset auto choose, and check the settings against the data. Raises ValueError."""
+    if cfg.preset == "auto":
+        choose_settings(cfg, data)
+    data.augmentation  # noqa: B018  raises for a wrong crop or scale
+    check_model(cfg, data)
 
 
 def choose_settings(cfg: Config, data: Data) -> None:
@@ -177,6 +192,28 @@ def read_data(cfg: Config, env: Env) -> Data:
     with rank0_first():
         train, val = load_data(cfg.data, **cfg.data_args)
     print_rank0(f"{cfg.data}: {train.layout}")
+    with rank0_first():  # the other ranks then read from the page cache
+        data = select_data(cfg, env, train, val)
+    if data.errors:
+        raise ValueError(data.errors[0])
+    return data
+
+
+def select_data(cfg: Config, env: Env, train: CocoDataset, val: CocoDataset | None) -> Data:
+    """Look at the image files, choose the labeled images and find the unlabeled ones. Raises ValueError."""
+    notes, errors = inspect(train, val)
+    labeled = choose_labeled(cfg, train)
+    if is_cityscapes(val):
+        official_evaluation()  # raises if cityscapesscripts is not installed
+    paths, counts, left_out = find_unlabeled(cfg.unlabeled or (), train, val)
+    unlabeled = UnlabeledImages(train, paths)
+    notes += left_out + inspect_unlabeled(unlabeled)
+    return Data(cfg, env, train, val, labeled, unlabeled, counts, notes, errors)
+
+
+def choose_labeled(cfg: Config, train: CocoDataset) -> list:
+    """Choose the labeled images. Without another choice all are labeled if some have no annotations and
+    count as unlabeled. Raises ValueError."""
     candidates = train.image_ids
     if unannotated_are_unlabeled(cfg):
         candidates = [image_id for image_id in train.image_ids if train.annotations(image_id)]
@@ -187,47 +224,53 @@ def read_data(cfg: Config, env: Env) -> Data:
         labeled = split_from_file(cfg.labeled_list, train)
     else:
         labeled = labeled_split(candidates, cfg.ratio, cfg.seed)
-    if rank() == 0:
-        lock(Path(cfg.out))
     if not any(map(train.labels, labeled)):
         bins = format_bins(train.bins, one_line=True)
         raise ValueError(f"{train.json_file}: no labeled image has an object; {bins}")
-    if is_cityscapes(val):
-        official_evaluation()  # raises if cityscapesscripts is not installed
-    with rank0_first():  # the other ranks then read from the page cache
-        paths, counts, notes = find_unlabeled(cfg.unlabeled or (), train, val)
-        unlabeled = UnlabeledImages(train, paths)
-        notes += inspect(train, val, unlabeled)
-    return Data(cfg, env, train, val, labeled, unlabeled, counts, notes)
+    return labeled
 
 
-def inspect(train: CocoDataset, val: CocoDataset | None, unlabeled: UnlabeledImages) -> list[str]:
-    """Look at image files before training, and set how the datasets read them. Returns notes about them.
-    Raises ValueError if validation images, or more than 1 % of the training images, cannot be read."""
-    notes = []
+def inspect(train: CocoDataset, val: CocoDataset | None) -> tuple[list[str], list[str]]:
+    """Look at the headers of the images, and set how the datasets read them. Returns notes about the images,
+    and errors."""
+    notes, errors = [], []
     for kind, dataset in (("training", train), ("validation", val)):
         if dataset:
             found = inspect_images(dataset)
             dataset.pixel_range = found.pixel_range if dataset is train else train.pixel_range
             dataset.exif_stored = found.exif_stored
             notes += found.notes
-            count = len(found.unreadable)
-            if count > (max(1, len(dataset) / 100) if dataset is train else 0):
-                example = found.unreadable[0]
-                raise ValueError(f"{count} {kind} images cannot be read, such as: {example}")
-            notes += [f"{error}; another image takes its place" for error in found.unreadable]
+            too_many = too_many_unreadable(kind, found.unreadable, len(dataset))
+            errors += too_many
+            notes += [] if too_many else [f"{e}; another image takes its place" for e in found.unreadable]
+    return notes, errors
+
+
+def too_many_unreadable(kind: str, unreadable: list[str], total: int) -> list[str]:
+    """Return an error, or nothing if a run can do without these images: it replaces one image, or 1 % of
+    them, but no validation image."""
+    limit = 0 if kind == "validation" else max(1, total / 100)
+    if len(unreadable) <= limit:
+        return []
+    return [f"{len(unreadable)} {kind} images cannot be read, such as: {unreadable[0]}"]
+
+
+def inspect_unlabeled(unlabeled: UnlabeledImages) -> list[str]:
+    """Look at the headers of some of the images of --unlabeled. Returns notes about them."""
+    train = unlabeled.dataset
     pool = inspect_images(unlabeled, unlabeled.image_ids[len(train) :], max_images=200)
-    if pool.pixel_range and pool.pixel_range != train.pixel_range:
+    notes, pixel_range = pool.notes, train.pixel_range or (0, 65535)
+    if pool.pixel_range and pool.pixel_range != pixel_range:
         notes.append(
             f"unlabeled images have values in {pool.pixel_range}; they are read with the range of the "
-            f"labeled ones, {train.pixel_range or (0, 65535)}"
+            f"labeled ones, {pixel_range}"
         )
     if pool.unreadable:
         example = pool.unreadable[0]
         notes.append(
             f"{len(pool.unreadable)} of up to 200 sampled unlabeled images cannot be read, such as: {example}"
         )
-    return notes + pool.notes
+    return notes
 
 
 def unannotated_are_unlabeled(cfg: Config) -> bool:
@@ -358,6 +401,8 @@ def print_setup(cfg: Config, data: Data, last_phase: int) -> None:
     )
     for line in choice_lines(cfg):
         print_rank0(line)
+    if cfg.reasons:
+        print_rank0(f"  the same without choices: python {command_without_choices(cfg)}")
     for warning in data_warnings(cfg, data):
         print_rank0(f"warning: {warning}")
 
@@ -380,27 +425,30 @@ def bins_of_run(data: Data) -> dict[str, int]:
 
 
 def choice_lines(cfg: Config) -> Iterator[str]:
-    """Yield one line for each option that was chosen, with its reason, and the command that repeats them."""
-    if not cfg.reasons:
-        return
-    yield "  chosen from the images and the machine; a flag overrides a choice:"
-    for name, reason in cfg.reasons.items():
+    """Yield one line for each option that preset auto has chosen, with its reason."""
+    if cfg.reasons:
+        yield "  chosen from the images and the machine; a flag overrides a choice:"
+    for name, reason in (cfg.reasons or {}).items():
         flag = f"{option_flag(name)} {format_value(getattr(cfg, name))}"
         yield textwrap.fill(f"{flag}  ({reason})", 100, initial_indent="    ", subsequent_indent="      ")
+
+
+def command_without_choices(cfg: Config) -> str:
+    """Return the command of this run, with a flag for each option that preset auto has chosen."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     for name in cfg.reasons:
         # With 0 hours the steps are not fitted again.
         words += [option_flag(name), format_value(0 if name == "hours" else getattr(cfg, name))]
-    yield f"  the same without choices: python {shlex.join(words)}"
+    return shlex.join(words)
 
 
 def data_warnings(cfg: Config, data: Data) -> Iterator[str]:
     """Yield what training can handle, but the owner of the data should know."""
     train, val = data.train, data.val
-    if not val:
-        yield f"{cfg.data} has no validation set, so no AP will be shown"
+    if val is None:
+        yield f"{cfg.data} has no validation set, so no AP will be shown; --val-json names one"
     for dataset in (train, val):
-        yield from (f"{dataset.json_file}: {note}" for note in (dataset.notes if dataset else ()))
+        yield from (f"{dataset.json_file}: {note}" for note in (() if dataset is None else dataset.notes))
     yield from data.notes
     count = sum(not train.annotations(image_id) for image_id in train.image_ids)
     if count and unannotated_are_unlabeled(cfg):
@@ -413,18 +461,25 @@ def data_warnings(cfg: Config, data: Data) -> Iterator[str]:
             f"{count} of {len(train)} training images have no annotation and count as images without "
             "objects; if nobody has annotated them yet, pass --unannotated unlabeled"
         )
+    unused = bins_of_run(data).get("of unlabeled images", 0)
+    if cfg.preset == "auto" and unused and not cfg.given & {"ratio", "labeled_list"}:
+        yield f"{unused} annotations are not used as labels; --ratio 1 uses all"
     labels = [train.labels(image_id) for image_id in data.labeled]
     missing = set(range(data.num_classes)) - {label for image in labels for label in image}
     if missing:
         names = ", ".join(train.class_names[label] for label in sorted(missing)[:10])
-        yield f"{len(missing)} classes are in no labeled image: {names}"
+        yield (
+            f"{len(missing)} classes are in no labeled image: {names}; they cannot be learned, unless "
+            "--ratio or --labeled-list adds images with them"
+        )
     if len(data.labeled) < cfg.batch:
         yield f"a batch has {cfg.batch} images, but only {len(data.labeled)} are labeled"
     empty = sum(not image for image in labels)
     if empty > len(labels) / 2:
         yield f"{empty} of {len(labels)} labeled images have no object"
-    if max(map(len, labels)) > cfg.num_queries:
-        yield f"an image has {max(map(len, labels))} objects, the model {cfg.num_queries} queries"
+    most = max(map(len, labels))
+    if most > cfg.num_queries:
+        yield f"an image has {most} objects, the model {cfg.num_queries} queries; pass --num-queries {most}"
     unseen = []  # validation images whose scale at test time does not occur in training
     for H, W in map(val.size, val.image_ids) if val else ():
         scale = shortest_edge_size(H, W, *cfg.test_size)[0] / H
