@@ -38,7 +38,8 @@ from training.metrics import Metrics
 from training.micro_batches import split_outputs
 from training.optimization import GuardedStep, build_optimizer, seed_step, set_lr
 from training.pseudo_label_quality import format_quality, measure_pseudo_labels
-from training.setup import Data, build_model, describe, print_setup, set_up
+from training.run_data import Data
+from training.setup import build_model, describe, print_setup, set_up
 from training.visualize import make_grid
 
 # ---------------------------------------------------------------------------------------------- the method

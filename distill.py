@@ -49,7 +49,8 @@ from training.distributed import Env, autocast, num_objects, print_rank0, rank, 
 from training.metrics import Metrics
 from training.micro_batches import split_outputs
 from training.optimization import GuardedStep, build_optimizer, load_moments, seed_step, set_lr
-from training.setup import Data, describe, model_arguments, print_setup, set_up
+from training.run_data import Data
+from training.setup import describe, model_arguments, print_setup, set_up
 
 
 @torch.no_grad()

@@ -159,6 +159,16 @@ def test_a_folder_needs_no_preset_and_keeps_its_settings_when_resumed(shapes, tm
     assert "--hours 0" in command and "--norm group" in command
 
 
+def test_steps_that_were_fitted_stay_when_the_command_is_repeated(shapes, tmp_path):
+    few = FEW_STEPS.replace(" --steps 2,2,2", "").replace(" --finetune-steps 1", "")
+    flags = ["--data", shapes, *few.split(), "--hours", "0.0001", "--out", tmp_path / "run"]
+    flags += ["--model-args", '{"hidden_dim": 32, "num_heads": 4}']
+    first = run("burnin.py", *flags)
+    assert "(fit 0.0001 hours at" in first.stdout
+    again = run("burnin.py", *flags)
+    assert "phases 1 and 2 are done" in again.stdout
+
+
 def test_other_unlabeled_images_mean_that_all_labels_are_used(shapes, tmp_path):
     assert parse_config(["--unlabeled", "photos"]).ratio == 1.0
     assert parse_config(["--unlabeled", "photos", "--ratio", "0.2"]).ratio == 0.2

@@ -27,16 +27,8 @@ from layouts.validate import format_bins
 from training.cli import Parser, expected_errors, parse_config
 from training.config import Config
 from training.distributed import Env
-from training.setup import (
-    Data,
-    bins_of_run,
-    choice_lines,
-    complete_settings,
-    data_warnings,
-    join_processes,
-    select_data,
-    too_many_unreadable,
-)
+from training.run_data import Data, bins_of_run, data_warnings, select_data, too_many_unreadable
+from training.setup import choice_lines, complete_settings, join_processes
 from training.visualize import draw_instances
 
 MAX_LISTED = 100  # messages of one kind that are printed

@@ -17,7 +17,7 @@ from evaluate import CPU, predict_batch
 from training.checkpoint import load_checkpoint, load_model
 from training.cli import Parser, expected_errors
 from training.config import Config
-from training.setup import read_data
+from training.run_data import read_data
 from training.visualize import COLORS
 
 CAPTIONS = ["unlabeled image,\nweak view", "pseudo-labels\nof the teacher"]

@@ -57,7 +57,7 @@ from training.checkpoint import check_classes, load_model
 from training.cli import Parser, add_data_flags, data_args, expected_errors
 from training.config import Config
 from training.distributed import Env, autocast, warn_once, world_size
-from training.setup import Data, read_data
+from training.run_data import Data, read_data
 from training.visualize import draw_predictions
 
 MAX_PICTURE_SIDE = 4000  # pixels

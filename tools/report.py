@@ -29,7 +29,8 @@ from training.checkpoint import (
 from training.cli import expected_errors
 from training.config import Config
 from training.distributed import warn_once
-from training.setup import Data, model_arguments
+from training.run_data import Data
+from training.setup import model_arguments
 from training.visualize import make_grid
 
 try:  # optional: a run without matplotlib ends without a report

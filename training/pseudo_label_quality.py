@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from data import AugmentedDataset, SkipDamaged, collate, stable_seed
 from training.distributed import all_gather_list, rank, to_device, world_size
-from training.setup import Data
+from training.run_data import Data
 
 
 def match_pseudo_labels(pseudo: dict, target: dict, min_iou: float = 0.5) -> tuple[int, float]:
