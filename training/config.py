@@ -50,7 +50,7 @@ class Config:
     data_args: dict = option(None, "arguments of layouts.load_data as JSON; each is a flag of its own too")
     unlabeled: list = option(None, "folders of additional unlabeled images, searched recursively")
     unannotated: str = option(
-        "", "images without annotations are background or unlabeled; default: unlabeled with preset auto"
+        "", "images without annotations are background or unlabeled; default: unlabeled in a folder"
     )
     crop: tuple = option((1024, 1024), "height and width of training crops, multiples of 32")
     lsj_scale: tuple = option((0.1, 2.0), "large-scale jitter: image size relative to fitting the crop")

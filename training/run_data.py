@@ -134,8 +134,10 @@ def choose_labeled(cfg: Config, train: CocoDataset) -> list:
 
 
 def unannotated_are_unlabeled(cfg: Config) -> bool:
-    """Return whether images without annotations are unlabeled, not images without objects."""
-    return (cfg.unannotated or ("unlabeled" if cfg.preset == "auto" else "background")) == "unlabeled"
+    """Return whether images without annotations are unlabeled, not images without objects: by default in a
+    folder, whose owner may have more to annotate, but not in the datasets with a name."""
+    default = "background" if cfg.data in ("shapes", "coco", "cityscapes") else "unlabeled"
+    return (cfg.unannotated or default) == "unlabeled"
 
 
 def inspect(train: CocoDataset, val: CocoDataset | None) -> tuple[list[str], list[str]]:

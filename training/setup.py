@@ -42,6 +42,7 @@ def set_up(cfg: Config) -> tuple[Env, Data, SetCriterion]:
     if rank() == 0:
         lock(Path(cfg.out))
     complete_settings(cfg, data)
+    check_model(cfg, data)
     weights = dict(zip(("weight_class", "weight_mask", "weight_dice"), cfg.loss_weights))
     criterion = SetCriterion(
         data.num_classes, **weights, no_object_weight=cfg.no_object_weight, num_points=cfg.num_points
@@ -81,7 +82,6 @@ def complete_settings(cfg: Config, data: Data) -> None:
     if cfg.norm == "batch" and world_size() > 1 and data.env.device.type != "cuda":
         raise ValueError("--norm batch is synchronized on GPUs only; use group or frozen on several CPUs")
     data.augmentation  # noqa: B018  raises for a wrong crop or scale
-    check_model(cfg, data)
 
 
 def former_choices(cfg: Config) -> dict[str, tuple]:
