@@ -275,7 +275,8 @@ def test_the_exit_code_is_2_exactly_when_a_run_refuses(user_folder, tmp_path, ch
     folder, content = user_folder
     change(folder, content)
     (folder / "instances_train.json").write_text(json.dumps(content))
-    flags = f"--val-ratio 0 --hours 0 --device cpu --out {tmp_path / 'run'} {flags}".split()
+    flags = f"--pretrained false --hours 0 --device cpu --out {tmp_path / 'run'} {flags}".split()
+    flags += ["--val-ratio", "0"]
     code, printed = check(folder, *flags)
     assert words.format(train=folder / "instances_train.json") in printed, printed
     try:
@@ -297,7 +298,8 @@ def test_damaged_images_that_would_end_a_run_later_are_an_error(user_folder):
 
 
 def test_the_settings_that_preset_auto_chooses_are_those_of_a_run(user_folder, tmp_path):
-    flags = f"--val-ratio 0 --hours 0 --device cpu --batch 3 --out {tmp_path / 'run'}".split()
+    flags = f"--pretrained false --hours 0 --device cpu --batch 3 --out {tmp_path / 'run'}".split()
+    flags += ["--val-ratio", "0"]
     _, printed = check(user_folder[0], *flags)
     cfg = parse_config(["--data", str(user_folder[0]), *flags])
     set_up(cfg)

@@ -203,7 +203,7 @@ def bins_of_run(data: Data) -> dict[str, int]:
 def data_warnings(cfg: Config, data: Data) -> Iterator[str]:
     """Yield what training can handle, but the owner of the data should know."""
     train, val = data.train, data.val
-    if val is None:
+    if val is None and not any("no validation set" in note for note in train.notes):
         yield f"{cfg.data} has no validation set, so no AP will be shown; --val-json names one"
     for dataset in (train, val):
         yield from (f"{dataset.json_file}: {note}" for note in (() if dataset is None else dataset.notes))

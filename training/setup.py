@@ -42,7 +42,9 @@ def set_up(cfg: Config) -> tuple[Env, Data, SetCriterion]:
     if rank() == 0:
         lock(Path(cfg.out))
     complete_settings(cfg, data)
-    check_model(cfg, data)
+    starts_elsewhere = cfg.backbone_weights or cfg.init_from or cfg.student_checkpoint
+    if cfg.pretrained and not starts_elsewhere and not has_checkpoints(cfg.out):
+        download_pretrained(cfg.backbone)  # raises if it cannot
     weights = dict(zip(("weight_class", "weight_mask", "weight_dice"), cfg.loss_weights))
     criterion = SetCriterion(
         data.num_classes, **weights, no_object_weight=cfg.no_object_weight, num_points=cfg.num_points
@@ -82,6 +84,7 @@ def complete_settings(cfg: Config, data: Data) -> None:
     if cfg.norm == "batch" and world_size() > 1 and data.env.device.type != "cuda":
         raise ValueError("--norm batch is synchronized on GPUs only; use group or frozen on several CPUs")
     data.augmentation  # noqa: B018  raises for a wrong crop or scale
+    check_model(cfg, data)
 
 
 def former_choices(cfg: Config) -> dict[str, tuple]:
@@ -163,8 +166,8 @@ def _pretrained_model(cfg: Config, args: dict) -> Mask2Former:
 
 
 def check_model(cfg: Config, data: Data) -> None:
-    """Raises ValueError if the options give no model, or one that does not take images of any size, if
-    pretrained weights cannot be downloaded, or if backbone weights or a checkpoint do not fit."""
+    """Raises ValueError if the options give no model, or one that does not take images of any size, or if
+    backbone weights or a checkpoint do not fit."""
     args = model_arguments(cfg, data)
     _meta_model(args)
     if cfg.backbone_weights:
@@ -175,8 +178,6 @@ def check_model(cfg: Config, data: Data) -> None:
             _meta_model({**args, "backbone_weights": weights})
         except ValueError as error:
             raise ValueError(f"--backbone-weights {cfg.backbone_weights}: {error}") from None
-    elif cfg.pretrained and not (cfg.init_from or cfg.student_checkpoint or has_checkpoints(cfg.out)):
-        download_pretrained(cfg.backbone)
     names = data.train.class_names
     if cfg.teacher_checkpoint:
         load_teacher_checkpoint(cfg, names)
