@@ -311,7 +311,7 @@ def compare_predictions(
 def parse_arguments(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("checkpoint", help="ours, the official Mask2Former's, or Hugging Face's")
+    add("checkpoint", help="file or folder: ours, the official Mask2Former's, or Hugging Face's")
     add("--data", help="shapes, coco, cityscapes or a folder; default: that of the training run")
     add_data_flags(parser)
     add_model_arguments(parser)

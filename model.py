@@ -271,9 +271,8 @@ def load_backbone_weights(name: str, body: nn.Module, whole: nn.Module, weights:
     Raises ValueError for tensors that are not those of `whole`, the model with its classifier."""
 
     def by_flat_name(tensors):
-        names = [key for key in tensors if "num_batches_tracked" not in key]
-        flat_names = [key.removeprefix("model.").removeprefix("body.").replace(".", "_") for key in names]
-        return {flat_name: tensors[key] for flat_name, key in zip(flat_names, names)}
+        flat = {k.removeprefix("model.").removeprefix("body.").replace(".", "_"): k for k in tensors}
+        return {key: tensors[k] for key, k in flat.items() if "num_batches_tracked" not in key}
 
     weights = by_flat_name(weights if isinstance(weights, Mapping) else timm.models.load_state_dict(weights))
     target, known = by_flat_name(body.state_dict()), by_flat_name(whole.state_dict())

@@ -3,12 +3,15 @@ of the official model."""
 
 import argparse
 import json
+import logging
 import os
 import pickle
 import re
+import threading
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import timm
@@ -20,12 +23,15 @@ from torch.torch_version import TorchVersion
 
 import distill
 import evaluate
-from interop.backbone import load_backbone_weights
+from interop import backbone
+from interop.backbone import download_pretrained, load_backbone_weights
 from interop.legacy import upgrade_checkpoint
 from interop.load import infer_model_args, load_any_checkpoint, load_partial, read_file
 from interop.names import HUGGING_FACE, OFFICIAL, OURS, convert_state_dict, translate_state_dict
 from model import Mask2Former
 from tools import export
+from training import setup
+from training.cli import parse_config
 
 ROOT = Path(distill.__file__).parent
 
@@ -513,9 +519,9 @@ def detectron2(resnet):
     return {n.removeprefix("backbone."): v for n, v in translate_state_dict(body, OURS, OFFICIAL).items()}
 
 
-def backbone_file(folder, content):
+def backbone_file(folder, content, backbone="resnet18", backbone_args=None):
     torch.save(content, folder / "weights.pth")
-    return load_backbone_weights(folder / "weights.pth")
+    return load_backbone_weights(folder / "weights.pth", backbone, backbone_args)
 
 
 FORMS = {
@@ -558,7 +564,7 @@ def test_a_pickle_of_detectron2_is_read(resnet, tmp_path):
     arrays = {name: value.numpy() for name, value in detectron2(resnet).items()}
     content = {"model": {**arrays, "stem.fc.weight": np.ones(3)}, "__author__": "torchvision"}
     (tmp_path / "R-18.pkl").write_bytes(pickle.dumps(content, protocol=2))
-    found = load_backbone_weights(tmp_path / "R-18.pkl")
+    found = load_backbone_weights(tmp_path / "R-18.pkl", "resnet18")
     expected = {n: v for n, v in resnet.items() if not n.startswith("fc.") and "num_batches" not in n}
     assert found.keys() == expected.keys() and all(torch.equal(found[n], v) for n, v in expected.items())
 
@@ -586,7 +592,7 @@ def test_detectrons_backbone_for_bgr_computes_the_same_from_our_images(resnet, t
     assert {"conv1_w", "res_conv1_bn_s", "res2_0_branch2a_w", "res4_0_branch1_bn_b"} <= blobs.keys()
     content = {"blobs": {**blobs, "conv1_w_momentum": blobs["conv1_w"], "fc1000_w": np.ones(3)}}
     (tmp_path / "R-18.pkl").write_bytes(pickle.dumps(content, protocol=2))
-    weights = load_backbone_weights(tmp_path / "R-18.pkl")
+    weights = load_backbone_weights(tmp_path / "R-18.pkl", "resnet18")
     args = {**TINY, "backbone": "resnet18", "backbone_args": None, "norm": "batch"}
     model = Mask2Former(**args, backbone_weights=weights).eval()
 
@@ -611,7 +617,7 @@ def test_official_dinov2_weights_with_registers_are_read(tmp_path):
     position = torch.randn(1, 1, 384)
     official["cls_token"] = expected["cls_token"] - position
     official["pos_embed"] = torch.cat([position, expected["pos_embed"]], dim=1)
-    weights = backbone_file(tmp_path, official)
+    weights = backbone_file(tmp_path, official, name, args)
     model = Mask2Former(**{**TINY, "backbone": name, "backbone_args": args}, backbone_weights=weights)
     for key, value in model.backbone.body.state_dict().items():
         torch.testing.assert_close(value, expected[key], msg=key)
@@ -643,7 +649,7 @@ def test_other_files_of_weights_are_refused_in_one_line(tmp_path, content, words
     ],
 )
 def test_backbone_weights_are_checked_before_training(shapes, tmp_path, backbone, content, words):
-    """One line, and nothing is printed before it."""
+    """One line, before the banner: only the line about the data is printed before it."""
     file = tmp_path / "weights.pth"
     if isinstance(content, bytes):
         file.write_bytes(content)
@@ -651,7 +657,8 @@ def test_backbone_weights_are_checked_before_training(shapes, tmp_path, backbone
         torch.save(timm.create_model(content).state_dict(), file)
     flags = ["--data", shapes, "--preset", "shapes", "--backbone", backbone, "--backbone-weights", file]
     done = run("distill.py", *flags, "--out", tmp_path / "run", code=2)
-    assert done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.stdout.startswith(f"{shapes}: ") and done.stdout.count("\n") == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert words in done.stderr and str(file) in done.stderr
 
 
@@ -664,6 +671,135 @@ def test_training_starts_from_backbone_weights_of_other_code(shapes, tmp_path, r
     found = load_any_checkpoint(tmp_path / "supervised.pt")["model"]
     names = [name for name in resnet if not name.startswith("fc.") and "num_batches" not in name]
     assert all(torch.equal(found[f"backbone.body.{name}"], resnet[name]) for name in names)
+
+
+# ------------------------------------------------------------------------------------ timm's own weights
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache of the Hugging Face hub, and no server. The calls to the latter are listed."""
+    calls = []
+
+    def no_server(url, **_):
+        calls.append(url)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", no_server)
+    return calls
+
+
+@pytest.fixture
+def cached(hub, tmp_path):
+    """The weights of test_vit in the cache, with a tensor more than the model has."""
+    folder = tmp_path / "hub/models--timm--test_vit.r160_in1k"
+    (folder / "snapshots/abc").mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("abc")
+    torch.manual_seed(1)
+    weights = timm.create_model("test_vit", num_classes=1000).state_dict()
+    save_file({**weights, "unexpected": torch.ones(1)}, folder / "snapshots/abc/model.safetensors")
+    return weights
+
+
+PRETRAINED = (
+    "--preset shapes --supervised-only --pretrained true --lr 0 --steps 2 --batch 2 --crop 64,64 --workers 0 "
+)
+PRETRAINED += (
+    "--hidden-dim 32 --encoder-ffn 32 --decoder-layers 1 --decoder-ffn 32 --num-points 32 --device cpu"
+)
+
+
+def test_without_a_network_one_line_says_what_to_download(hub, shapes, tmp_path):
+    """Before the banner: only the line about the data is printed before it."""
+    flags = ["--data", shapes, "--out", tmp_path / "run", "--backbone", "dinov3_s", *PRETRAINED.split()]
+    done = run("burnin.py", *flags, code=2)
+    repo = "https://huggingface.co/timm/vit_small_patch16_dinov3.lvd1689m"
+    assert hub == [f"{repo}/resolve/main/model.safetensors"]
+    assert done.stdout.count("\n") == done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: cannot download the pretrained weights of 'dinov3_s' (OSError: ")
+    for word in (f"model.safetensors from {repo} ", "--backbone-weights", "--pretrained false", "not known"):
+        assert word in done.stderr
+
+
+def test_a_run_from_cached_weights_is_silent_and_is_resumed_without_them(
+    hub, cached, shapes, tmp_path, caplog, monkeypatch
+):
+    """With a learning rate of 0 the backbone stays what it was in the file."""
+    out, built = tmp_path / "run", []
+    monkeypatch.setattr(setup, "Mask2Former", lambda **args: built.append(args) or Mask2Former(**args))
+    caplog.set_level(logging.INFO)
+    flags = ["--data", shapes, "--out", out, "--backbone", "test_vit", *PRETRAINED.split()]
+    run("burnin.py", *flags)
+    found = load_any_checkpoint(out / "supervised.pt")["model"]
+    names = {name.removeprefix("backbone.body."): name for name in found if ".body." in name}
+    assert len(names) > 70 and all(torch.equal(found[n], cached[name]) for name, n in names.items())
+    assert not hub and not [record for record in caplog.records if record.name.startswith("timm")]
+    assert [args["pretrained"] for args in built if "pretrained" in args] == [True]
+
+    (out / "supervised.pt").rename(out / "supervised.step-0000006.pt")  # as if it had been stopped here
+    (tmp_path / "hub").rename(tmp_path / "elsewhere")
+    built.clear()
+    assert "resumed at step 6 of 6" in run("burnin.py", *flags).stdout
+    assert not hub and built and not any("pretrained" in args for args in built)
+
+
+def test_pretrained_weights_of_another_size_are_refused_in_one_line(hub, cached, tmp_path, capsys):
+    flags = ["--backbone", "test_vit", "--pretrained", "true", "--out", str(tmp_path)]
+    cfg = parse_config([*flags, "--model-args", '{"backbone_args": {"embed_dim": 32}}'])
+    data = argparse.Namespace(num_classes=3, env=argparse.Namespace(device="cpu"))
+    with pytest.raises(SystemExit, match="2"):
+        setup.build_model(cfg, data, "teacher")
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: cannot use the pretrained weights of 'test_vit': ")
+    assert "size mismatch" in printed and printed.count("\n") == 1
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for(hub, monkeypatch):
+    answer = threading.Event()
+    monkeypatch.setattr(backbone, "CONNECTION_TIMEOUT", 0.05)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: answer.wait())
+    with pytest.raises(ValueError, match="no answer in 0.05 seconds"):
+        download_pretrained("test_resnet")
+    answer.set()
+
+
+def test_a_server_that_answers_is_asked_for_the_weights(hub, monkeypatch):
+    """Even if it answers that this file is not there: timm knows other names."""
+    answer = huggingface_hub.errors.HfHubHTTPError.__new__(huggingface_hub.errors.HfHubHTTPError)
+    asked = []
+    monkeypatch.setattr(timm.models, "load_state_dict_from_hf", lambda *args: asked.append(args))
+    for answered in (lambda url: None, lambda url: (_ for _ in ()).throw(answer)):
+        monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", answered)
+        download_pretrained("test_resnet")
+    assert asked == [("timm/test_resnet.r160_in1k", "pytorch_model.bin")] * 2
+
+
+def test_a_download_that_breaks_off_is_one_line(hub, monkeypatch):
+    def break_off(*_):
+        raise RuntimeError("peer closed\nconnection")
+
+    monkeypatch.setattr(timm.models, "load_state_dict_from_hf", break_off)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)
+    with pytest.raises(
+        ValueError, match=r"weights of 'resnet50' \(RuntimeError: peer closed connection\); do"
+    ):
+        download_pretrained("resnet50")
+
+
+def test_cached_weights_need_no_server(hub, cached):
+    download_pretrained("test_vit")
+    assert not hub
+
+
+def test_a_backbone_without_pretrained_weights_is_named(monkeypatch):
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: timm.models.PretrainedCfg())
+    with pytest.raises(
+        ValueError, match="no pretrained weights of 'test_resnet'; train from scratch with --p"
+    ):
+        download_pretrained("test_resnet")
 
 
 # ---------------------------------------------------------------------------------------- our own checkpoints

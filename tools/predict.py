@@ -66,7 +66,7 @@ MAX_PICTURE_SIDE = 4000  # pixels
 def parse_arguments(argv=None):
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("checkpoint", help="ours, the official Mask2Former's, or Hugging Face's")
+    add("checkpoint", help="file or folder: ours, the official Mask2Former's, or Hugging Face's")
     add("images", nargs="+", metavar="DIR|FILE", help="image files, and folders, searched recursively")
     add("--out", default="predictions", help="folder for pictures and results.json [predictions]")
     threshold = "keep scores above this, in [0, 1) [0.5; --score-threshold of the run for --pseudo-labels]"

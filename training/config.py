@@ -60,10 +60,12 @@ class Config:
     workers: int = option(4, "loader processes for each of the two streams; 0: load in the training process")
 
     backbone: str = option(
-        "resnet50", "swin_l, dinov2_b, ... (model.BACKBONES) or a timm model", group="model"
+        "resnet50", "swin_l, dinov3_b, ... (model.BACKBONES) or a timm model", group="model"
     )
     pretrained: bool = option(True, "start the backbone from timm's ImageNet weights (downloads them)")
-    backbone_weights: str = option("", "start the backbone from this file in timm's names instead")
+    backbone_weights: str = option(
+        "", "start the backbone from this file (timm, torchvision, Detectron2, DINO, MoCo) instead"
+    )
     norm: str = option("frozen", "the backbone's batch norm: frozen, batch (trained, synced) or group")
     num_queries: int = option(0, "maximum number of objects per image; 0: 100, or 200 with swin_l")
     model_args: dict = option(None, 'other arguments of Mask2Former as JSON, such as {"hidden_dim": 64}')
