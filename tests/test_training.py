@@ -274,7 +274,7 @@ def test_a_step_of_two_processes_has_the_gradient_of_one_process(tiny, tmp_path)
         ("""--model-args '{"nonsense": 1}'""", "unexpected keyword argument 'nonsense'"),
         ("""--model-args '{"num_classes": 7}'""", "--model-args: cannot set num_classes here"),
         ("""--model-args '{"pixel_mean": [1, 2]}'""", "--model-args: shape '[3, 1, 1]' is invalid"),
-        ("""--backbone-args '{"channels": [1]}'""", "--model-args: list index out of range"),
+        ("""--backbone-args '{"channels": [1]}'""", "has feature maps at strides [2, 4], needed are"),
         ("--backbone-args 3", "expected a JSON object, found '3'"),
         ("--backbone-args {", "expected a JSON object, found '{'"),
         ("""--backbone-args '{"nonsense": 1}'""", "unexpected keyword argument 'nonsense'"),
