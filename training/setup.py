@@ -35,7 +35,15 @@ from training.auto import choose_options, fit_steps, measure_facts, measure_step
 from training.checkpoint import has_checkpoints, load_student_checkpoint, load_teacher_checkpoint, lock
 from training.cli import expected_errors, format_value, option_flag
 from training.config import PRESETS, Config, read_settings, rescale_for_batch_size, write_settings
-from training.distributed import Env, init_distributed, print_rank0, rank, rank0_first, world_size
+from training.distributed import (
+    Env,
+    init_distributed,
+    print_rank0,
+    rank,
+    rank0_first,
+    use_bf16,
+    world_size,
+)
 from training.metrics import print_banner, tensorboard_writer
 from training.optimization import build_optimizer, lr_multiplier
 
@@ -108,8 +116,7 @@ class Data:
 def set_up(cfg: Config) -> tuple[Env, Data, SetCriterion]:
     """Join the other processes, read the data and build the loss. Raises ValueError for what a user got
     wrong."""
-    env = join_processes(cfg)
-    data = read_data(cfg, env)
+    data = read_data(cfg, join_processes(cfg))
     if rank() == 0:
         lock(Path(cfg.out))
     complete_settings(cfg, data)
@@ -117,12 +124,12 @@ def set_up(cfg: Config) -> tuple[Env, Data, SetCriterion]:
     criterion = SetCriterion(
         data.num_classes, **weights, no_object_weight=cfg.no_object_weight, num_points=cfg.num_points
     )
-    criterion = criterion.to(env.device)
+    criterion = criterion.to(data.env.device)
     if cfg.hours and not has_checkpoints(cfg.out):
         fit_to_hours(cfg, data, criterion)
     if rank() == 0:
         write_settings(cfg)
-    return env, data, criterion
+    return data.env, data, criterion
 
 
 def join_processes(cfg: Config) -> Env:
@@ -159,6 +166,7 @@ def choose_settings(cfg: Config, data: Data) -> None:
     choices = {name: choice for name, choice in choices.items() if name not in cfg.given - {"model_args"}}
     set_options(cfg, {name: value for name, (value, _) in choices.items()})
     cfg.reasons = {name: why for name, (_, why) in choices.items()}
+    data.env = Env(data.env.device, use_bf16(data.env.device, cfg.precision))
 
 
 def set_options(cfg: Config, options: dict) -> None:
