@@ -302,7 +302,8 @@ def test_the_settings_that_preset_auto_chooses_are_those_of_a_run(user_folder, t
     flags += ["--val-ratio", "0"]
     _, printed = check(user_folder[0], *flags)
     cfg = parse_config(["--data", str(user_folder[0]), *flags])
-    set_up(cfg)
+    env, data, _ = set_up(cfg)
+    assert (cfg.precision, env.bf16, data.env.bf16) == ("fp32", False, False)  # whatever this CPU can do
     lines = list(choice_lines(cfg))
     assert "\n".join(lines) in printed and len(lines) > 15
     assert "    --crop 64,64  (the median image is 48 pixels long, an image fits)" in lines

@@ -96,7 +96,7 @@ def check(cfg: Config, env: Env, train: CocoDataset, val: CocoDataset | None) ->
             *too_many_unreadable("unlabeled", damaged, len(data.unlabeled.image_ids)),
         ]
     errors += too_many[:1]
-    if errors:
+    if too_many:
         errors += damaged
     else:
         warnings += [f"{error}; another image takes its place" for error in damaged]
