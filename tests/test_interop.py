@@ -840,7 +840,7 @@ def test_a_checkpoint_of_format_1_is_upgraded(make_model):
     assert upgraded.pop("format") == 2
     assert upgraded.pop("config") == dict(
         data="shapes", preset="shapes", ratio=0.02, crop=(96, 96), lr=1e-3, steps=(500, 700, 900),
-        root="", train_json="", val_json="", image_folder="", out="runs/shapes-0.02",
+        data_args=dict(root="d", train_json="t.json"), out="runs/shapes-0.02",
         unlabeled=["photos"], labeled_list="ids.txt", lsj_scale=(0.8, 1.25), short_sides=(64, 80),
         color_jitter=True, init_from="a.pkl", clip_grad_norm=1.0, grad_accum_steps=2, supervised_only=False,
         mask_nms_iou=0.8, full_res_masks=True, teacher_checkpoint="t.pt", student_checkpoint="s.pt",
