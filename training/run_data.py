@@ -208,7 +208,8 @@ def data_warnings(cfg: Config, data: Data) -> Iterator[str]:
     for dataset in (train, val):
         yield from (f"{dataset.json_file}: {note}" for note in (() if dataset is None else dataset.notes))
     yield from data.notes
-    count = sum(not train.annotations(image_id) for image_id in train.image_ids)
+    unannotated = {image_id for image_id in train.image_ids if not train.annotations(image_id)}
+    count = len(unannotated - set(data.labeled))
     if count and unannotated_are_unlabeled(cfg):
         yield (
             f"{count} images without annotations are unlabeled; if they show no object, pass "
