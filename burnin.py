@@ -116,9 +116,8 @@ def train_supervised(
     first_step = checkpoints.resume(env)
     ddp_model = wrap_ddp(model, env, cfg.grad_accum_steps)
     clip_and_step = GuardedStep(model, optimizer, cfg.clip_grad_norm)
-    labeled = data.labeled_batches(
-        phase, first_step, uniform=True
-    )  # as in the paper: repeat factors in phases 2 and 3 only
+    # As in the paper: repeat factors in phases 2 and 3 only.
+    labeled = data.labeled_batches(phase, first_step, uniform=True)
     metrics = Metrics(cfg, phase, steps, first_step, optimizer, env)
 
     for step in range(first_step, steps):
@@ -327,7 +326,7 @@ def run_burn_in(cfg: Config, env: Env, data: Data, criterion: SetCriterion, comp
 def main(argv=None) -> None:
     with expected_errors():
         cfg = parse_config(argv, __doc__)
-        if cfg.student_checkpoint or cfg.finetune_steps:
+        if cfg.student_checkpoint or (cfg.finetune_steps and not cfg.settings_from):
             raise ValueError("--student-checkpoint and --finetune-steps belong to phase 3; run distill.py")
         env, data, criterion = set_up(cfg)
         completed = completed_phases(cfg, env, data.hashes)

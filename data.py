@@ -357,7 +357,9 @@ def split_from_file(file, dataset: CocoDataset) -> list:
         if not line:
             continue
         keys = line, stem(line), stem(Path(line).name)
-        matches = next((table[key] for key in keys for table in tables if key in table), [])
+        # Only a whole line is an id: 11.png is not the image with the id 11.
+        found = (table[key] for key in keys for table in tables[: 5 if key == line else 4] if key in table)
+        matches = next(found, [])
         if not matches and text.lstrip().startswith(("{", "[")):
             advice = "write one image per line (a file name or an id)"
             raise DataError(f"the labeled list {str(file)!r} is a JSON file; {advice}")

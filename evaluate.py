@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -390,14 +391,22 @@ def main(argv=None) -> None:
             make_grid(rows, ["image", "ground truth", *models]).save(flags.picture)
 
 
+def run_data_args(config: dict, data: str) -> dict:
+    """Return the arguments of layouts.load_data of a training run: all for its own data, and those that are
+    no paths for other data."""
+    given = config.get("data_args") or {}
+    same = os.path.realpath(data) == os.path.realpath(config.get("data", ""))
+    paths = ("root", "train_json", "val_json", "image_folder", "val_image_folder")
+    return {name: value for name, value in given.items() if same or name not in paths}
+
+
 def validation_set(flags, config: dict) -> CocoDataset:
     """Read the validation set of --data, or that of the training run with this config. Raises ValueError."""
     data = flags.data or config.get("data")
     if not data:
         raise ValueError(f"cannot infer the dataset from {flags.checkpoint}; pass --data")
-    run = config.get("data_args", {}) if data == config.get("data") else {}  # where the run had its files
     with rank0_first():
-        _, val = load_data(data, **{**run, **data_args(vars(flags))})
+        _, val = load_data(data, **run_data_args(config, data) | data_args(vars(flags)))
     if val is None:
         raise ValueError(f"{data} has no validation set; pass --val-json, or --val-ratio above 0")
     if not len(val):

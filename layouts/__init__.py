@@ -108,6 +108,8 @@ def load_data(
 
     train = load(found.train)
     train.layout = found.layout
+    if found.val and val_ratio:
+        raise DataError(f"--val-ratio {val_ratio:g} is for data without a validation set; drop it")
     return (train, load(found.val, like=train)) if found.val else hold_out(train, val_ratio)
 
 

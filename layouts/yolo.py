@@ -85,7 +85,8 @@ def list_images(base: Path, root: str, entry) -> list[str]:
             found = [os.path.normpath(os.path.join(path, name)) for name in files_below(base / path)]
         else:
             lines = (base / path).read_text(encoding="utf-8", errors="replace").splitlines()
-            found = [locate(base, line) or line for line in map(str.strip, lines) if line]
+            # A path that leads nowhere in the folder keeps its last part, so that it counts as missing.
+            found = [locate(base, line) or Path(line).name for line in map(str.strip, lines) if line]
         names |= dict.fromkeys(found)
     return list(names)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -105,9 +106,43 @@ def test_hours_that_auto_chose_are_a_limit_only():
     assert fit_steps(cfg, seconds=100.0)["steps"] == (4, 4, 9)
 
 
-def test_steps_that_are_given_are_not_fitted_by_the_limit_of_auto():
-    cfg = config(given={"steps"}, hours=1.0, steps=(100, 100, 200))
-    assert "steps" not in fit_steps(cfg, seconds=100.0)
+def test_steps_that_are_given_have_no_limit():
+    assert "hours" in values(PHOTOS) and "hours" not in values(PHOTOS, steps=(100, 100, 200))
+
+
+def test_only_the_phases_that_run_count():
+    """With a teacher of another run, or labels only, there is time for more steps."""
+    limits = dict(given={"hours"}, hours=1.0, steps=(100, 100, 200))
+    t, b, d = fit_steps(config(**limits, teacher_checkpoint="t.pt"), seconds=1.0)["steps"]
+    assert GUIDED_STEP_COST * (b + d) == pytest.approx(0.9 * 3600, rel=0.01)
+    assert sum(fit_steps(config(**limits, supervised_only=True), seconds=1.0)["steps"]) == 3240
+
+
+def test_labels_only_have_no_fine_tuning():
+    assert "finetune_steps" not in values(PHOTOS, supervised_only=True)
+
+
+def test_a_refused_call_leaves_the_settings_of_a_run(shapes, tmp_path):
+    flags = ["--data", shapes, *FEW_STEPS.split(), "--out", tmp_path / "run"]
+    flags += ["--model-args", '{"hidden_dim": 32, "num_heads": 4}']
+    run("burnin.py", *[flag for flag in flags if flag not in ("--finetune-steps", "1")])
+    before = (tmp_path / "run/settings.json").read_text()
+    refused = run("burnin.py", *flags[:-1], '{"hidden_dim": 64}', "--finetune-steps", "0", code=2)
+    assert "was made with other options (model_args" in refused.stderr
+    assert (tmp_path / "run/settings.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--hours 1 --steps 5", "--hours fits --steps to a time; drop one"),
+        ("""--data-args '{"foo": 1}'""", "--data-args: unknown name 'foo'"),
+        ("""--data-args '{"val_ratio": "x"}'""", "--data-args: val_ratio must be float, found 'x'"),
+    ],
+)
+def test_a_wrong_combination_is_an_error_of_one_line(flags, words):
+    done = run("distill.py", *shlex.split(flags), code=2)
+    assert words in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_the_expected_time_counts_all_phases():
@@ -129,8 +164,8 @@ def test_settings_from_takes_the_settings_of_a_run_but_not_its_data(tmp_path):
     write_settings(Config(out=str(tmp_path), data="coco", ratio=0.02, crop=(64, 96), preset="coco", batch=4))
     flags = ["--data", "my_dataset", "--settings-from", str(tmp_path), "--lr", "0.5"]
     cfg = parse_config(flags)
-    assert (cfg.crop, cfg.batch, cfg.lr, cfg.data, cfg.ratio) == ((64, 96), 4, 0.5, "my_dataset", 0.1)
-    assert cfg.out == "runs/my_dataset-0.1"
+    assert (cfg.crop, cfg.batch, cfg.lr, cfg.data, cfg.ratio) == ((64, 96), 4, 0.5, "my_dataset", 1.0)
+    assert cfg.out == "runs/my_dataset-1"
 
 
 def test_settings_that_are_missing_are_an_error_of_one_line(tmp_path):
@@ -155,8 +190,8 @@ def test_a_folder_needs_no_preset_and_keeps_its_settings_when_resumed(shapes, tm
     assert settings["model_args"]["hidden_dim"] == 32 and settings["model_args"]["decoder_layers"] == 3
     again = run("distill.py", *flags)
     assert "all phases are done" in again.stdout
-    [command] = [line for line in first.stdout.splitlines() if "the same without choices" in line]
-    assert "--hours 0" in command and "--norm group" in command
+    [command] = [line for line in first.stdout.splitlines() if "the same as flags" in line]
+    assert "--norm group" in command and "--hours" not in command
 
 
 def test_steps_that_were_fitted_stay_when_the_command_is_repeated(shapes, tmp_path):

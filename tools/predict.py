@@ -47,11 +47,12 @@ from evaluate import (
     model_settings,
     predict_image,
     resize_for_test,
+    run_data_args,
     upsample_masks,
     validation_set,
 )
 from interop.load import load_any_checkpoint
-from layouts.images import list_image_files
+from layouts.images import find_copies, list_image_files
 from tools.tiles import predict_tiles
 from training.checkpoint import check_classes, load_model
 from training.cli import Parser, add_data_flags, data_args, expected_errors
@@ -291,7 +292,9 @@ def without_labeled(files: list[Path], run: Data | None) -> list[Path]:
     known = [run.train.path(image_id) for image_id in run.labeled]
     known += [run.val.path(image_id) for image_id in run.val.image_ids] if run.val else []
     known = set(map(os.path.realpath, known))
-    new = [file for file in files if str(file) not in known]
+    paths = [str(file) for file in files if str(file) not in known]
+    copies = find_copies(paths, known)
+    new = [Path(path) for path in paths if path not in copies]
     if len(new) < len(files):
         number = len(files) - len(new)
         print(f"warning: skipping {number} images that are labeled in the run or in its validation set")
@@ -305,7 +308,7 @@ def read_run(checkpoint: dict, flags) -> Data:
     images are labeled there."""
     config = checkpoint["config"]
     data = flags.data or config["data"]
-    reading = (config.get("data_args") or {} if data == config["data"] else {}) | data_args(vars(flags))
+    reading = run_data_args(config, data) | data_args(vars(flags))
     with tempfile.TemporaryDirectory() as out:  # reading the data reserves the folder of a run
         changes = {"out": out, "data": data, "data_args": reading, "unlabeled": None}
         cfg = Config(**config | changes)
@@ -349,14 +352,16 @@ def link(path: Path, folder: Path) -> None:
 
 
 def print_training_commands(flags, run: Data | None) -> None:
-    """Print the commands that train on the corrected pseudo-labels: from the start, and with a teacher that
-    is there already."""
-    words = ["python", "distill.py", "--data", flags.pseudo_labels, "--ratio", "1"]
-    words += ["--settings-from", flags.checkpoint] if run else []
-    teacher = Path(flags.checkpoint).with_name("teacher.pt")
-    teacher = str(teacher) if run and teacher.exists() else flags.checkpoint
+    """Print the commands that train on the corrected pseudo-labels: from the start, and with the model of the
+    checkpoint as the teacher."""
+    # People have looked at all images, so that one without annotations has no object.
+    words = ["python", "distill.py", "--data", flags.pseudo_labels, "--unannotated", "background"]
+    folder = Path(flags.checkpoint) if Path(flags.checkpoint).is_dir() else Path(flags.checkpoint).parent
+    if run and (folder / "settings.json").exists():
+        words += ["--settings-from", flags.checkpoint]
     print(f"to train on them after correction: {shlex.join(words)}")
-    print(f"with the teacher of the last run: {shlex.join([*words, '--teacher-checkpoint', teacher])}")
+    words += ["--teacher-checkpoint", flags.checkpoint]
+    print(f"with this model as the teacher: {shlex.join(words)}")
 
 
 def to_json(result: dict) -> dict:

@@ -39,7 +39,8 @@ class Facts:
 
     long_side: median longer side of the images, pixels. object_side: median of the square root of an
     object's area, relative to the longer side of its image. num_objects: 99th percentile and maximum of the
-    objects of an image. gpu_memory: GiB of this process's GPU, 0 on a CPU."""
+    objects of an image. gpu_memory: GiB of this process's GPU, 0 on a CPU. num_gpus: processes in all.
+    num_local: processes of this machine, which share its num_cores."""
 
     long_side: int
     object_side: float
@@ -48,12 +49,14 @@ class Facts:
     num_unlabeled: int
     gpu_memory: float = 0.0
     num_gpus: int = 1
+    num_local: int = 1
     num_cores: int = 2
 
 
 def measure_facts(train: CocoDataset, labeled: list, num_unlabeled: int, device: torch.device) -> Facts:
     """Measure the labeled images (at most MAX_IMAGES of them) and the machine."""
-    sample = sorted(labeled, key=lambda image_id: stable_seed("facts", image_id))[:MAX_IMAGES]
+    with_objects = [image_id for image_id in labeled if train.objects(image_id)]
+    sample = sorted(with_objects, key=lambda image_id: stable_seed("facts", image_id))[:MAX_IMAGES]
     sides = []
     for image_id in sample:
         H, W = train.size(image_id)
@@ -69,6 +72,7 @@ def measure_facts(train: CocoDataset, labeled: list, num_unlabeled: int, device:
         num_unlabeled=num_unlabeled,
         gpu_memory=torch.cuda.get_device_properties(device).total_memory / 2**30 if on_gpu else 0.0,
         num_gpus=world_size(),
+        num_local=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     )
 
@@ -87,13 +91,15 @@ def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
     long_side, object_side = facts.long_side, facts.object_side
     images = f"the median image is {long_side} pixels long"
 
-    backbone = "resnet50" if on_gpu else "resnet18"
-    backbone = choose("backbone", backbone, "the paper's" if on_gpu else "a small one, for a CPU")
+    starts_from_model = given.get("init_from") or given.get("student_checkpoint")
+    if not starts_from_model:
+        backbone = "resnet50" if on_gpu else "resnet18"
+        choose("backbone", backbone, "the paper's" if on_gpu else "a small one, for a CPU")
     pretrained = choose("pretrained", True, "few labels need a pretrained backbone")
     pretrained = pretrained or bool(given.get("backbone_weights")) or bool(given.get("init_from"))
     norm_reason = "keeps the pretrained statistics" if pretrained else "for training from scratch"
     choose("norm", "frozen" if pretrained else "group", norm_reason)
-    if not on_gpu:
+    if not on_gpu and not starts_from_model:
         small = {**SMALL_MODEL, **given.get("model_args", {})}
         choices["model_args"] = (small, "a narrow and shallow model, for a CPU")
 
@@ -116,7 +122,11 @@ def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
     most, maximum = facts.num_objects
     queries = 10 * math.ceil(1.5 * most / 10)
     queries = min(max(queries, 100 if on_gpu else 20), 300)
-    choose("num_queries", queries, f"an image has up to {most} objects (at most {maximum})")
+    choose(
+        "num_queries",
+        queries,
+        f"99 % of the images have at most {most} objects, the largest number is {maximum}",
+    )
     choose("num_points", 12544 if min(crop) >= 512 else 4096 if on_gpu else 1024, "follows the crop")
 
     if on_gpu:
@@ -129,22 +139,26 @@ def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
         batch = facts.num_gpus * max(1, math.ceil(8 / facts.num_gpus))
         reason = "images of each kind a CPU can take per step"
     batch = choose("batch", batch, reason)
-    workers = max(0, min(8, facts.num_cores // facts.num_gpus // 2 - (0 if on_gpu else 1)))
+    workers = max(0, min(8, facts.num_cores // facts.num_local // 2 - (0 if on_gpu else 1)))
     choose("workers", workers, f"{facts.num_cores} cores")
 
     epochs = round(100 * facts.num_labeled / batch)
     if on_gpu:
         first = int(np.clip(epochs, 2000, 25_000))
         steps = first, 2 * first, 4 * first
-        reason = f"100 epochs of the {facts.num_labeled} labeled images, then six times as long with both"
+        reason = (
+            f"100 epochs of the {facts.num_labeled} labeled images, at least 2,000; 2 and 4 times as many"
+        )
     else:
         steps, reason = (1000, 1500, 1500), "enough for a small model"
     steps = choose("steps", steps, reason)
     steps = steps * 3 if len(steps) == 1 else steps
-    choose("finetune_steps", max(1, steps[2] // 3), "a third of the last phase, on labels alone")
+    if not given.get("supervised_only"):
+        choose("finetune_steps", max(1, steps[2] // 3), "a third of the last phase, on labels alone")
     if not on_gpu:
         choose("precision", "fp32", "bf16 does not speed up a model this small")
-        choose("hours", 2.5, "for all phases on a CPU: fewer steps if they take longer")
+        if "steps" not in given:
+            choose("hours", 2.5, "for all phases on a CPU: fewer steps if they take longer")
 
     if on_gpu:
         choose("lr", round(1e-4 * math.sqrt(batch / 16), 8), "the paper's 1e-4 for 16 images, times sqrt(k)")
@@ -169,7 +183,10 @@ def fit_steps(cfg: Config, seconds: float) -> dict:
     """Return the steps, and the options that follow them, that take cfg.hours if a step on labels takes
     `seconds`. {} if cfg.hours is a limit of --preset auto that is kept already."""
     t, b, d = cfg.steps
-    total = seconds * (t + GUIDED_STEP_COST * (b + d) + cfg.finetune_steps)
+    t = 0 if cfg.teacher_checkpoint or cfg.student_checkpoint else t
+    b = 0 if cfg.student_checkpoint else b
+    guided = 1.0 if cfg.supervised_only else GUIDED_STEP_COST
+    total = seconds * (t + guided * (b + d) + cfg.finetune_steps)
     factor = 0.9 * 3600 * cfg.hours / total  # the rest is for evaluation
     if factor >= 1 and "hours" not in cfg.given:
         return {}

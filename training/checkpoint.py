@@ -27,7 +27,7 @@ from interop.load import check_archive, load_any_checkpoint
 from model import Mask2Former
 from training import signals
 from training.cli import expected_errors
-from training.config import Config
+from training.config import Config, write_settings
 from training.distributed import (
     Env,
     any_rank,
@@ -246,8 +246,7 @@ def step_files(out, phase: str) -> list[Path]:
 
 
 def latest_checkpoint(out, phase: str) -> tuple:
-    """Return path and content of the newest intact checkpoint of a running phase, (None, None) if it has
-    none.
+    """Return path and content of the newest intact checkpoint of a running phase, (None, None) without any.
     Raises ValueError if all are damaged."""
     files = step_files(out, phase)
     for path in files:
@@ -272,8 +271,8 @@ def completed_phases(cfg: Config, env: Env, hashes: dict) -> set[str]:
 
     hashes: "split" and "labels", which identify the labeled images and their objects. If options have changed
     that only later phases use, these phases are run again: their results are renamed to
-    <phase>.previous.pt. Raises ValueError if options of the first phase have changed, or if a phase that
-    is running was started with others."""
+    <phase>.previous.pt. Options that are accepted are written to settings.json. Raises ValueError if options
+    of the first phase have changed, or if a phase that is running was started with others."""
     phases = ["supervised"] if cfg.supervised_only else [p for p in PHASES if p != "supervised"]
     phases = [phase for phase in phases if phase != "finetune" or cfg.finetune_steps]
     completed, outdated, why = [], [], ""
@@ -302,6 +301,8 @@ def completed_phases(cfg: Config, env: Env, hashes: dict) -> set[str]:
         print_rank0(f"the former results stay as {files.replace('.pt', '.previous.pt')}")
         for phase in outdated if rank() == 0 else ():
             os.replace(Path(cfg.out) / f"{phase}.pt", Path(cfg.out) / f"{phase}.previous.pt")
+    if rank() == 0:
+        write_settings(cfg)
     return set(completed)
 
 
@@ -309,11 +310,11 @@ def changed_option(cfg: Config, checkpoint: dict, hashes: dict, phase: str) -> s
     """Say which option that a phase uses has changed since its checkpoint, "" if none has."""
     before = checkpoint["config"] | {name: checkpoint[name] for name in hashes if name in checkpoint}
     now = dataclasses.asdict(cfg)
-    del now["labeled_list"], now["unannotated"]  # their images count, not the options
+    # The labeled images and their objects count, not how they are found.
+    del now["labeled_list"], now["unannotated"], now["data_args"]
     now |= hashes  # last, because the other options explain more
     for options in (before, now):
         options["model_args"] = with_defaults(options["model_args"])
-        options["data_args"] = {k: v for k, v in options["data_args"].items() if k != "root"}
         t, b, d = options["steps"]
         options["steps"] = {"teacher": t, "burnin": b, "distill": d, "supervised": t + b + d}.get(phase)
     for name in now:

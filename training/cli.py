@@ -17,7 +17,10 @@ from training.config import PRESETS, Config, read_settings, rescale_for_batch_si
 ALIASES = CONFIG_RENAMES  # former spellings of flags stay valid, but --help does not show them
 TEST_SIZE = ("test_short_side", "test_long_side")  # former spellings of the two numbers of --test-size
 DATA_ARGS = {  # the arguments of layouts.load_data, which are flags of every program that reads a dataset
-    "root": (str, "folder of COCO or Cityscapes, or the parent of shapes [datasets/]"),
+    "root": (
+        str,
+        "folder of COCO or Cityscapes, or parent of shapes [datasets/coco, datasets/cityscapes, datasets]",
+    ),
     "train_json": (str, "training annotations, instead of those that are found"),
     "val_json": (str, "validation annotations, instead of those that are found"),
     "image_folder": (str, "folder of the images, instead of the one that is found"),
@@ -84,6 +87,8 @@ def parse_config(argv=None, description=None) -> Config:
     preset_name = chosen.preset or (data if data in PRESETS else "auto")
     if preset_name not in PRESETS:
         exit_with_error(f"unknown preset {preset_name!r}; choose one of {', '.join(sorted(PRESETS))}")
+    if chosen.settings_from and chosen.preset:
+        exit_with_error("--settings-from has a preset of its own; drop --preset")
     former = read_settings(chosen.settings_from)["options"] if chosen.settings_from else {}
     former = {name: value for name, value in former.items() if name in fields.keys() - NOT_SHARED}
     preset = former or PRESETS[preset_name]
@@ -115,8 +120,13 @@ def parse_config(argv=None, description=None) -> Config:
     parser.add_argument("--backbone-args", type=_json, help=argparse.SUPPRESS)
     flags = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     flags.pop("settings_from", None)
-    if "unlabeled" in flags and not flags.keys() & {"ratio", "labeled_list"}:
-        flags["ratio"] = 1.0  # whoever gives other unlabeled images wants to use all labels
+    if {"hours", "steps"} <= flags.keys() and flags["hours"]:
+        exit_with_error("--hours fits --steps to a time; drop one")
+    owns_images = data not in PRESETS or "unlabeled" in flags
+    if owns_images and not flags.keys() & {"ratio", "labeled_list"}:
+        flags["ratio"] = 1.0  # a fraction is for benchmarks, which have labels to spare
+    if flags.get("supervised_only") and "finetune_steps" not in flags:
+        former.pop("finetune_steps", None)
 
     values = dict(preset)
     if flags.get("scale_to_batch") and "batch" in flags:
@@ -128,7 +138,7 @@ def parse_config(argv=None, description=None) -> Config:
     for name in (*MODEL_ARGS, "backbone_args"):
         if name in flags:
             model_args[name] = flags.pop(name)
-    reading = flags.pop("data_args", {}) | data_args(flags)
+    reading = check_data_args(flags.pop("data_args", {})) | data_args(flags)
     flags = {name: value for name, value in flags.items() if name not in DATA_ARGS}
     given = [flags.pop(name, None) for name in TEST_SIZE]
     if given != [None, None]:
@@ -136,6 +146,7 @@ def parse_config(argv=None, description=None) -> Config:
         flags["test_size"] = tuple(b if side is None else side for b, side in zip(before, given))
     dictionaries = {"model_args": model_args, "data_args": reading}
     cfg = Config(**{**values, **flags, **dictionaries, "preset": preset_name})
+    cfg.settings_from = chosen.settings_from or ""
     cfg.given = frozenset(flags) | frozenset(former) | {name for name in dictionaries if dictionaries[name]}
     return cfg
 
@@ -154,6 +165,17 @@ def add_data_flags(parser) -> None:
 def data_args(flags: dict) -> dict:
     """Return the arguments of layouts.load_data that were given as flags."""
     return {name: flags[name] for name in DATA_ARGS if flags.get(name) is not None}
+
+
+def check_data_args(given: dict) -> dict:
+    """Return the value of --data-args. Raises ValueError for an unknown name or a value of another type."""
+    for name, value in given.items():
+        if name not in DATA_ARGS:
+            raise ValueError(f"--data-args: unknown name {name!r}; choose from {', '.join(DATA_ARGS)}")
+        kind = DATA_ARGS[name][0]
+        if not isinstance(value, (int, float) if kind is float else kind):
+            raise ValueError(f"--data-args: {name} must be {kind.__name__}, found {value!r}")
+    return given
 
 
 def option_flag(name: str) -> str:
@@ -199,7 +221,8 @@ def answer_early(description: str | None = None) -> None:
     imports that take seconds."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if description and {"-h", "--help"} & set(sys.argv[1:]):
-        parse_config(description=description)
+        with expected_errors():
+            parse_config(description=description)
 
 
 def exit_with_error(message, code: int = 2) -> NoReturn:

@@ -4,6 +4,7 @@ distill.py."""
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,7 +104,13 @@ class Config:
     tensorboard: bool = option(False, "write curves and pictures for TensorBoard to <out>/tensorboard")
 
     given = frozenset()  # the options that were given as flags, which preset auto does not choose
-    reasons = None  # {option: why preset auto chose its value}
+    settings_from = ""  # the run of --settings-from
+    choices = None  # {option: (value, reason)} that preset auto or --hours has chosen
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """The reasons of the choices that no flag overrides."""
+        return {name: why for name, (_, why) in (self.choices or {}).items() if name not in self.given}
 
     def __post_init__(self):
         if not 0 < self.ratio <= 1:
@@ -151,11 +158,9 @@ class Config:
             if isinstance(value, int) and value < 1:
                 raise ValueError(f"--model-args: {name} must be at least 1, found {value}")
         check_ranges(self)
-        self.out = self.out or self.default_out()
-
-    def default_out(self) -> str:
+        self.data = os.path.normpath(self.data)  # my_dataset/ is my_dataset
         name = Path(self.labeled_list).stem or f"{self.ratio:g}"
-        return f"runs/{Path(self.data).resolve().name}-{name}"
+        self.out = self.out or f"runs/{Path(self.data).resolve().name}-{name}"
 
 
 def check_ranges(cfg: Config) -> None:
@@ -223,20 +228,27 @@ PRESETS = {
 
 
 def write_settings(cfg: Config) -> None:
-    """Write the options of a run to out/settings.json, for --settings-from and to resume preset auto."""
-    content = {"options": dataclasses.asdict(cfg), "reasons": cfg.reasons}
-    (Path(cfg.out) / "settings.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+    """Write the options of a run, and what was chosen for it, to out/settings.json, completely or not at
+    all."""
+    path = Path(cfg.out) / "settings.json"
+    temporary = path.with_suffix(".tmp")
+    content = {"options": dataclasses.asdict(cfg), "choices": cfg.choices or {}}
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def read_settings(run) -> dict:
-    """Read what `write_settings` wrote: {"options", "reasons"}. run: the folder of the run, or a checkpoint
-    in it. Raises ValueError."""
+    """Read what `write_settings` wrote: {"options": {name: value}, "choices": {name: [value, reason]}}. run:
+    the folder of the run, or a checkpoint in it. Raises ValueError."""
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     try:
         content = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        for field in dataclasses.fields(Config):
-            if field.type is tuple and field.name in content["options"]:
-                content["options"][field.name] = tuple(content["options"][field.name])
+        options, choices = content["options"], content["choices"]
+        for name in (field.name for field in dataclasses.fields(Config) if field.type is tuple):
+            if name in options:
+                options[name] = tuple(options[name])
+            if name in choices:
+                choices[name][0] = tuple(choices[name][0])
         return content
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"cannot read the settings of the run {str(run)!r}: {error}") from None

@@ -7,6 +7,7 @@ from data import (
     Augmentation,
     AugmentedDataset,
     CocoDataset,
+    DataError,
     UnlabeledImages,
     endless_batches,
     labeled_split,
@@ -115,16 +116,16 @@ def select_data(cfg: Config, env: Env, train: CocoDataset, val: CocoDataset | No
 
 
 def choose_labeled(cfg: Config, train: CocoDataset) -> list:
-    """Choose the labeled images. Without another choice all are labeled if some have no annotations and
-    count as unlabeled. Raises ValueError."""
+    """Choose the labeled images. Raises ValueError."""
     candidates = train.image_ids
     if unannotated_are_unlabeled(cfg):
         candidates = [image_id for image_id in train.image_ids if train.annotations(image_id)]
-        if len(candidates) < len(train) and not cfg.given & {"ratio", "labeled_list"}:
-            cfg.ratio = 1.0  # the unlabeled images are there already
-            cfg.out = cfg.out if "out" in cfg.given else cfg.default_out()
     if cfg.labeled_list:
-        labeled = split_from_file(cfg.labeled_list, train)
+        try:
+            labeled = split_from_file(cfg.labeled_list, train)
+        except DataError as error:
+            held_out = "; some images are held out for validation, see --val-ratio"
+            raise ValueError(f"{error}{held_out if 'held out' in train.layout else ''}") from None
     else:
         labeled = labeled_split(candidates, cfg.ratio, cfg.seed)
     if not any(map(train.labels, labeled)):
@@ -220,9 +221,6 @@ def data_warnings(cfg: Config, data: Data) -> Iterator[str]:
             f"{count} of {len(train)} training images have no annotation and count as images without "
             "objects; if nobody has annotated them yet, pass --unannotated unlabeled"
         )
-    unused = bins_of_run(data).get("of unlabeled images", 0)
-    if cfg.preset == "auto" and unused and not cfg.given & {"ratio", "labeled_list"}:
-        yield f"{unused} annotations are not used as labels; --ratio 1 uses all"
     labels = [train.labels(image_id) for image_id in data.labeled]
     missing = set(range(data.num_classes)) - {label for image in labels for label in image}
     if missing:

@@ -1,6 +1,7 @@
 """From a Config to data, fresh models and loss; wrong options are reported here, before training."""
 
 import logging
+import os
 import shlex
 import sys
 import textwrap
@@ -27,8 +28,16 @@ from training.checkpoint import (
     step_files,
 )
 from training.cli import expected_errors, format_value, option_flag
-from training.config import PRESETS, Config, read_settings, rescale_for_batch_size, write_settings
-from training.distributed import Env, init_distributed, print_rank0, rank, use_bf16, world_size
+from training.config import PRESETS, Config, read_settings, rescale_for_batch_size
+from training.distributed import (
+    Env,
+    all_gather_list,
+    init_distributed,
+    print_rank0,
+    rank,
+    use_bf16,
+    world_size,
+)
 from training.metrics import print_banner, tensorboard_writer
 from training.optimization import build_optimizer, lr_multiplier
 from training.run_data import Data, bins_of_run, data_warnings, read_data
@@ -52,8 +61,6 @@ def set_up(cfg: Config) -> tuple[Env, Data, SetCriterion]:
     criterion = criterion.to(env.device)
     if cfg.hours and not has_checkpoints(cfg.out):
         fit_to_hours(cfg, data, criterion)
-    if rank() == 0:
-        write_settings(cfg)
     return data.env, data, criterion
 
 
@@ -70,14 +77,9 @@ def join_processes(cfg: Config) -> Env:
 def complete_settings(cfg: Config, data: Data) -> None:
     """Choose what preset auto leaves open, and check the settings against the data. A run that has begun
     keeps its choices. Raises ValueError."""
-    choices = former_choices(cfg)
-    if cfg.preset == "auto" and not choices:
-        num_unlabeled = len(data.unlabeled.image_ids) - len(data.labeled)
-        facts = measure_facts(data.train, data.labeled, num_unlabeled, data.env.device)
-        choices = choose_options(facts, {name: getattr(cfg, name) for name in cfg.given})
-    choices = {name: choice for name, choice in choices.items() if name not in cfg.given - {"model_args"}}
-    set_options(cfg, {name: value for name, (value, _) in choices.items()})
-    cfg.reasons = {name: why for name, (_, why) in choices.items()}
+    # Rank 0 chooses for all: GPUs may differ, and so may what a file system shows.
+    choices = all_gather_list([choose_settings(cfg, data)] if rank() == 0 else [])[0]
+    apply_choices(cfg, choices)
     data.env = Env(data.env.device, use_bf16(data.env.device, cfg.precision))
     if cfg.batch % world_size():
         raise ValueError(f"--batch {cfg.batch} must be a multiple of the {world_size()} processes")
@@ -87,14 +89,29 @@ def complete_settings(cfg: Config, data: Data) -> None:
     check_model(cfg, data)
 
 
-def former_choices(cfg: Config) -> dict[str, tuple]:
-    """Return what was chosen for a run that has begun, {name: (value, reason)}."""
-    if not has_checkpoints(cfg.out) or not (Path(cfg.out) / "settings.json").exists():
+def choose_settings(cfg: Config, data: Data) -> dict[str, tuple]:
+    """Return {option: (value, reason)}: what was chosen for a run that has begun, or what preset auto
+    chooses."""
+    if has_checkpoints(cfg.out) and (Path(cfg.out) / "settings.json").exists():
+        former = read_settings(cfg.out)
+        if former["options"]["preset"] == cfg.preset:
+            return {name: (value, why) for name, (value, why) in former["choices"].items()}
+    if cfg.preset != "auto" or cfg.settings_from:
         return {}
-    former = read_settings(cfg.out)
-    if former["options"]["preset"] != cfg.preset:
-        return {}
-    return {name: (former["options"][name], why) for name, why in (former["reasons"] or {}).items()}
+    num_unlabeled = len(data.unlabeled.image_ids) - len(data.labeled)
+    facts = measure_facts(data.train, data.labeled, num_unlabeled, data.env.device)
+    return choose_options(facts, {name: getattr(cfg, name) for name in cfg.given})
+
+
+def apply_choices(cfg: Config, choices: dict[str, tuple]) -> None:
+    """Set the options that were chosen and that no flag overrides. Those of --model-args are merged."""
+    cfg.choices = {**(cfg.choices or {}), **choices}
+    options = {name: value for name, (value, _) in choices.items() if name not in cfg.given}
+    if "model_args" in choices:
+        options["model_args"] = {**choices["model_args"][0], **cfg.model_args}
+    if cfg.supervised_only:
+        options.pop("finetune_steps", None)
+    set_options(cfg, options)
 
 
 def set_options(cfg: Config, options: dict) -> None:
@@ -109,10 +126,8 @@ def fit_to_hours(cfg: Config, data: Data, criterion: SetCriterion) -> None:
     model = build_model(cfg, data, "teacher").train()
     batches = data.labeled_batches("teacher", 0)
     seconds = measure_step_seconds(model, build_optimizer(model, cfg), batches, criterion, data.env)
-    fitted = fit_steps(cfg, seconds)
-    set_options(cfg, fitted)
     reason = f"fit {cfg.hours:g} hours at {seconds:.3g} s for a step on labels, measured"
-    cfg.reasons |= dict.fromkeys(fitted, reason)
+    apply_choices(cfg, {name: (value, reason) for name, value in fit_steps(cfg, seconds).items()})
 
 
 def model_arguments(cfg: Config, data: Data) -> dict:
@@ -204,7 +219,7 @@ def print_setup(cfg: Config, data: Data, last_phase: int) -> None:
         del phases["teacher burn-in"]
     if cfg.student_checkpoint:
         del phases["guided burn-in"]
-    if cfg.finetune_steps:
+    if cfg.finetune_steps and last_phase == 3:
         phases["fine-tuning"] = cfg.finetune_steps
     if cfg.supervised_only:
         phases = {"supervised training": sum(cfg.steps)}
@@ -237,7 +252,7 @@ def print_setup(cfg: Config, data: Data, last_phase: int) -> None:
     for line in choice_lines(cfg):
         print_rank0(line)
     if cfg.reasons:
-        print_rank0(f"  the same without choices: python {command_without_choices(cfg)}")
+        print_rank0(f"  the same as flags: {command_with_choices(cfg)}")
     for warning in data_warnings(cfg, data):
         print_rank0(f"warning: {warning}")
 
@@ -246,15 +261,16 @@ def choice_lines(cfg: Config) -> Iterator[str]:
     """Yield one line for each option that preset auto has chosen, with its reason."""
     if cfg.reasons:
         yield "  chosen from the images and the machine; a flag overrides a choice:"
-    for name, reason in (cfg.reasons or {}).items():
+    for name, reason in cfg.reasons.items():
         flag = f"{option_flag(name)} {format_value(getattr(cfg, name))}"
         yield textwrap.fill(f"{flag}  ({reason})", 100, initial_indent="    ", subsequent_indent="      ")
 
 
-def command_without_choices(cfg: Config) -> str:
+def command_with_choices(cfg: Config) -> str:
     """Return the command of this run, with a flag for each option that preset auto has chosen."""
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    for name in cfg.reasons:
-        # With 0 hours the steps are not fitted again.
-        words += [option_flag(name), format_value(0 if name == "hours" else getattr(cfg, name))]
+    words = [f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if world_size() > 1 else []
+    words = ["torchrun" if words else "python", *words, Path(sys.argv[0]).name, *sys.argv[1:]]
+    for name in (name for name in cfg.reasons if name != "hours"):
+        words += [option_flag(name), format_value(getattr(cfg, name))]
+    words += ["--hours", "0"] if cfg.hours else []  # the steps are not fitted again
     return shlex.join(words)
