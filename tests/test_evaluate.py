@@ -416,23 +416,34 @@ def own_checkpoint(make_model, tmp_path):
     return tmp_path / "distill.pt"
 
 
+def without(file, *keys):
+    """Write a copy of a COCO file with nothing under these keys. Returns its path."""
+    content = json.loads(file.read_text()) | {key: [] for key in keys}
+    copy = file.with_name("val.json")
+    copy.write_text(json.dumps(content))
+    return copy
+
+
+SQUARE = {"image_id": 1, "category_id": 1, "segmentation": [[2, 2, 30, 2, 30, 30, 2, 30]]}
+
+
 def test_a_validation_set_without_objects_has_no_ap(make_dataset, own_checkpoint, tmp_path):
-    dataset = make_dataset({1: np.zeros((64, 96, 3))}, [])
-    files = ["--data", tmp_path, "--train-json", dataset.json_file, "--val-json", dataset.json_file]
+    train = make_dataset({1: np.zeros((64, 96, 3))}, [SQUARE]).json_file
+    val = without(train, "annotations")
+    files = ["--data", tmp_path, "--train-json", train, "--val-json", val]
     done = run("evaluate.py", own_checkpoint, *files, "--picture", tmp_path / "p.png")
-    assert f"warning: {dataset.json_file}: AP is '-', because no image has an object to find" in done.stdout
+    assert f"warning: {val}: AP is '-', because no image has an object to find" in done.stdout
     table = done.stdout.splitlines()[-10:]
     assert table[0].split() == ["student"] and all(line.split()[-1] == "-" for line in table[1:])
     assert Image.open(tmp_path / "p.png").width > 3 * 96
 
 
 def test_a_validation_set_without_images_is_refused(make_dataset, own_checkpoint, tmp_path):
-    make_dataset({}, [])
-    (tmp_path / "instances.json").rename(tmp_path / "instances_train.json")
-    empty = tmp_path / "instances_val.json"
-    empty.write_text((tmp_path / "instances_train.json").read_text())
-    error = run("evaluate.py", own_checkpoint, "--data", tmp_path, code=2).stderr
-    assert error == f"error: cannot evaluate: {str(empty)!r} has no image; pass another --val-json\n"
+    train = make_dataset({1: np.zeros((64, 96, 3))}, [SQUARE]).json_file
+    val = without(train, "images", "annotations")
+    files = ["--data", tmp_path, "--train-json", train, "--val-json", val]
+    error = run("evaluate.py", own_checkpoint, *files, code=2).stderr
+    assert error == f"error: cannot evaluate: {str(val)!r} has no image; pass another --val-json\n"
 
 
 def test_a_picture_of_an_empty_set_has_its_captions_only(make_dataset):
