@@ -46,7 +46,7 @@ def find_files(names, folder, follow_links: bool = True) -> tuple[dict, dict, di
         elif leaves or not (follow_links or is_inside(path, root, inside)):
             refused[name] = f"its file {name!r} is outside of {root}"[:500]
         else:
-            paths[name] = name
+            paths[name] = os.path.normpath(name)
     if missing:
         paths |= fit_names(missing, root, follow_links, taken=set(paths.values()))
         missing = {name: why for name, why in missing.items() if name not in paths}
