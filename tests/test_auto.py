@@ -47,24 +47,21 @@ def test_an_option_that_is_given_is_not_chosen_and_others_follow_it():
 def test_the_crop_fits_the_images():
     assert values(ON_GPU)["crop"] == (640, 640)
     assert values(dataclasses.replace(ON_GPU, long_side=4000))["crop"] == (1024, 1024)
-    assert values(dataclasses.replace(PHOTOS, long_side=90))["crop"] == (96, 96)
+    assert values(dataclasses.replace(PHOTOS, long_side=70))["crop"] == (160, 160)
+    assert values(dataclasses.replace(PHOTOS, long_side=40))["crop"] == (96, 96), "enlarged about twice"
 
 
-def test_small_objects_are_enlarged_in_training_and_at_test_time():
+def test_small_objects_get_a_larger_crop_and_fewer_images_per_step():
     """Nuclei of 14 pixels in images of 256."""
     nuclei = dataclasses.replace(PHOTOS, long_side=256, object_side=0.055, num_objects=(49, 50))
     chosen = values(nuclei)
-    zoom = 24 / (0.055 * 160)
-    assert chosen["crop"] == (160, 160)
-    assert chosen["lsj_scale"] == (round(0.7 * zoom, 2), round(1.3 * zoom, 2))
-    assert chosen["test_size"] == (round(zoom * 160),) * 2
-    assert chosen["full_res_masks"] and chosen["num_queries"] == 80
-    assert not values(dataclasses.replace(PHOTOS, object_side=0.6))["full_res_masks"]
-
-
-def test_an_image_is_enlarged_twice_at_most():
-    chosen = values(dataclasses.replace(PHOTOS, long_side=160, object_side=0.01))
-    assert chosen["test_size"] == (320, 320)
+    assert chosen["crop"] == chosen["test_size"] == (320, 320) and chosen["lsj_scale"] == (0.7, 1.3)
+    assert (chosen["batch"], chosen["num_points"], chosen["num_queries"]) == (4, 4096, 80)
+    assert (
+        chosen["full_res_masks"]
+        and not values(dataclasses.replace(PHOTOS, object_side=0.6))["full_res_masks"]
+    )
+    assert (values(PHOTOS)["batch"], values(PHOTOS)["num_points"]) == (8, 1024)
 
 
 @pytest.mark.parametrize("processes", [1, 3, 8])

@@ -20,7 +20,7 @@ from training.config import Config
 from training.distributed import Env, all_reduce_mean, autocast, num_objects, to_device, world_size
 
 MAX_IMAGES = 500  # whose objects are measured
-OBJECT_SIDE = 24  # pixels that the median object should have in a crop; a mask has a quarter of them
+OBJECT_SIDE = 16  # pixels that the median object should have in a crop on a CPU; a mask has a quarter of them
 GUIDED_STEP_COST = 2.2  # times a step on labels: twice the images for the student, and the teacher
 GIB_PER_MEGAPIXEL = 2.2  # of a training image, ResNet-50 in bf16 (benchmarks/RESULTS.md, "On a GPU")
 # A model for a CPU: a fifth of the paper's width and depth.
@@ -89,8 +89,6 @@ def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
 
     on_gpu = facts.gpu_memory > 0
     long_side, object_side = facts.long_side, facts.object_side
-    images = f"the median image is {long_side} pixels long"
-
     starts_from_model = given.get("init_from") or given.get("student_checkpoint")
     if not starts_from_model:
         backbone = "resnet50" if on_gpu else "resnet18"
@@ -103,20 +101,18 @@ def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
         small = {**SMALL_MODEL, **given.get("model_args", {})}
         choices["model_args"] = (small, "a narrow and shallow model, for a CPU")
 
-    longest, shortest = (1024, 256) if on_gpu else (160, 64)
-    side = min(longest, max(shortest, 32 * math.ceil(long_side / 32)))
-    reason = f"{images}, {'an image fits' if side >= long_side else 'larger crops take too long'}"
-    crop = choose("crop", (side, side), reason)
-
-    # The scale at which the median object has OBJECT_SIDE pixels, relative to an image that fits the crop.
-    fit = min(crop) * object_side
-    zoom = OBJECT_SIDE / max(fit, 1e-6)
-    zoom = float(np.clip(zoom, 1, max(1, min(4, 2 * long_side / min(crop)))))  # at most 2 x enlarged
-    low, high = (0.5, 1.5) if on_gpu else (0.7, 1.3)
-    objects = f"the median object is {object_side * long_side:.0f} pixels wide, {zoom * fit:.0f} in a crop"
-    choose("lsj_scale", (round(low * zoom, 2), round(high * zoom, 2)), objects)
-    choose("test_size", (round(zoom * min(crop)),) * 2, "the scale of the crops")
-    pixels = zoom * fit
+    # Small objects need a larger crop, but an image is enlarged twice at most.
+    shortest, longest, wanted = (256, 1024, 2 * OBJECT_SIDE) if on_gpu else (160, 320, OBJECT_SIDE)
+    side = wanted / object_side if not on_gpu else max(long_side, wanted / object_side)
+    side = min(max(side, shortest), longest, 2 * long_side)
+    side = max(64, 32 * math.ceil(side / 32))
+    pixels = f"the median object is {object_side * long_side:.0f} pixels wide in an image of {long_side}"
+    crop = choose("crop", (side, side), f"{pixels}, {object_side * side:.0f} in a crop")
+    fit = min(crop)
+    jitter = (0.5, 1.5) if on_gpu else (0.7, 1.3)
+    choose("lsj_scale", jitter, "around the scale at which an image fits the crop")
+    choose("test_size", (fit, fit), "the scale of the crops")
+    pixels = object_side * fit
     choose("full_res_masks", pixels < 48, f"the median object is {pixels:.0f} pixels wide in a crop")
 
     most, maximum = facts.num_objects
@@ -127,7 +123,8 @@ def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
         queries,
         f"99 % of the images have at most {most} objects, the largest number is {maximum}",
     )
-    choose("num_points", 12544 if min(crop) >= 512 else 4096 if on_gpu else 1024, "follows the crop")
+    points = int(min(max(crop[0] * crop[1] / 25, 1024), 12544))
+    choose("num_points", points, "one for 25 pixels of a crop, at most the paper's number")
 
     if on_gpu:
         room = 0.8 * facts.gpu_memory / (2 * GIB_PER_MEGAPIXEL * crop[0] * crop[1] / 2**20)
@@ -136,8 +133,9 @@ def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
             f"{facts.num_gpus} x {facts.gpu_memory:.0f} GiB of GPU memory, crops of {crop[0]} x {crop[1]}"
         )
     else:
-        batch = facts.num_gpus * max(1, math.ceil(8 / facts.num_gpus))
-        reason = "images of each kind a CPU can take per step"
+        images = 8 if crop[0] * crop[1] <= 160**2 else 4
+        batch = facts.num_gpus * max(1, math.ceil(images / facts.num_gpus))
+        reason = f"labeled, and as many unlabeled images per step: few on a CPU, with crops of {fit}"
     batch = choose("batch", batch, reason)
     workers = max(0, min(8, facts.num_cores // facts.num_local // 2 - (0 if on_gpu else 1)))
     choose("workers", workers, f"{facts.num_cores} cores")
