@@ -23,7 +23,7 @@ import burnin
 import data
 import distill
 import evaluate
-from training import checkpoint, setup
+from training import checkpoint, run_data, setup
 from training.optimization import GuardedStep
 
 HERE = Path(__file__).parent
@@ -164,7 +164,7 @@ def not_finite(rank, who, phase, steps):
 
 def loader(rank, who, kind):
     """A loader process of rank `who` dies or gets stuck after some images. The timeout is 3 seconds."""
-    setup.LOADER_TIMEOUT = 3.0
+    run_data.LOADER_TIMEOUT = 3.0
     get, count = data.AugmentedDataset.__getitem__, []
 
     def faulty(views, key):
@@ -207,8 +207,8 @@ def slow_step(rank, phase, step):
 
 def streams_from_the_start(rank):
     """A resumed run reads its batches from step 0."""
-    endless_batches = setup.endless_batches
-    setup.endless_batches = lambda *arguments, first_step, **kwargs: endless_batches(*arguments, **kwargs)
+    endless_batches = run_data.endless_batches
+    run_data.endless_batches = lambda *arguments, first_step, **kwargs: endless_batches(*arguments, **kwargs)
 
 
 def no_space(rank, phase, step):
@@ -225,12 +225,14 @@ def no_space(rank, phase, step):
     checkpoint.Checkpointer.save = faulty
 
 
-def stale(rank, function):
-    """Rank 1 does not see what rank 0 has written to the folder that they share."""
-    print("fault: stale", function, flush=True)
-    if rank == 1:
-        answer = {"latest_checkpoint": (None, None), "is_completed": False}[function]
-        setattr(checkpoint, function, lambda *_: answer)
+def stale(rank, what):
+    """Rank 1 does not see what rank 0 has written to the folder that they share: checkpoints of a running
+    phase, or completed phases."""
+    print("fault: stale", what, flush=True)
+    if rank == 1 and what == "running":
+        checkpoint.latest_checkpoint = lambda *_: (None, None)
+    if rank == 1 and what == "completed":
+        checkpoint.PHASES = ()
 
 
 def nobody(rank):

@@ -268,7 +268,7 @@ def damage_validation(folder, content):
             True,
             "no labeled image has an",
         ),
-        (clear_annotations, '--model-args {"hidden_dim":30}', True, "--model-args"),
+        (clear_annotations, '--model-args {"hidden_dim":30}', True, "hidden_dim 30 must be a multiple of 4"),
     ],
 )
 def test_the_exit_code_is_2_exactly_when_a_run_refuses(user_folder, tmp_path, change, flags, refused, words):

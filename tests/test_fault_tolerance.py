@@ -444,7 +444,8 @@ def test_a_damaged_checkpoint_of_the_user_is_refused(data, train_only, uninterru
         Job(tmp_path / "evaluation", file, "--data", data, script="evaluate"),
     ):
         assert job.wait() == [2]
-        assert job.text() == f"error: {file} is not a checkpoint, or is damaged: BadZipFile\n"
+        assert job.text().endswith(f"error: {file} is not a checkpoint, or is damaged: BadZipFile\n")
+        assert job.text().count("error") == 1 and "Traceback" not in job.text()
 
 
 # ------------------------------------------------------------------------------------------------ signals
@@ -627,7 +628,7 @@ def test_a_fault_on_one_process_ends_all_processes_with_its_message(train_only, 
         (
             ["--data", "coco", "--root", "/nowhere"],
             [2, 1],
-            "cannot read annotations: no annotation file '/no",
+            "cannot find COCO: no annotation file '/no",
         ),
     ],
 )
@@ -635,7 +636,8 @@ def test_an_expected_error_is_one_line_per_process(train_only, tmp_path, flags, 
     """This also holds where rank 0 reads the data first and the other ranks wait for it."""
     job = train(train_only, tmp_path, *flags, processes=2)
     assert job.wait() == codes
-    assert job.text(0).startswith("error (process 0): " + words) and job.text(0).count("\n") == 1
+    lines = [line for line in job.text(0).splitlines() if "folder in COCO form" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error (process 0): " + words)
     waiting = "another process has failed; see its message"
     assert job.text(1).startswith("error (process 1): " + (words if codes[1] == 2 else waiting))
     assert job.text(1).count("\n") == 1, job.text(1)
@@ -705,7 +707,8 @@ def test_a_folder_is_locked_as_long_as_the_process_of_its_run_lives(train_only, 
     assert second.wait() == [2]
     pid = first.processes[0].pid
     owner = f"process {pid} on {socket.gethostname()}"
-    assert second.text() == f"error: '{tmp_path}/run' is in use by {owner!r}; choose another folder\n"
+    error = f"error: '{tmp_path}/run' is in use by {owner!r}; choose another folder"
+    assert second.text().splitlines()[1:] == [error]
     assert first.processes[0].is_alive()
     first.kill()
     third = train(train_only, tmp_path / "run", steps=500, fault=("at_step", 0, "teacher", 10, "SIGTERM"))
@@ -717,8 +720,8 @@ def test_ranks_that_see_different_checkpoints_are_refused(train_only, tmp_path):
     job = train(train_only, tmp_path, processes=2, fault=("at_step", 0, "burnin", 2, "SIGTERM"))
     assert job.wait() == [143, 143]
     for function, words in (
-        ("latest_checkpoint", "checkpoints of step 0 and 3"),
-        ("is_completed", "numbers of completed phases 0 and 1"),
+        ("running", "checkpoints of step 0 and 3"),
+        ("completed", "numbers of completed phases 0 and 1"),
     ):
         job = train(train_only, tmp_path, processes=2, fault=("stale", function))
         assert job.wait() == [2, 2], job.text()

@@ -275,7 +275,8 @@ def finished(shapes, tmp_path_factory):
 
 def test_the_banner_describes_the_run(finished):
     out, printed = finished
-    assert max(map(len, printed.split("phase 1 of 3")[0].splitlines()[2:])) <= 100
+    banner = printed.split("phase 1 of 3")[0].splitlines()[2:]
+    assert max(len(line) for line in banner if not line.startswith("warning")) <= 100
     words = "12 training images, 6 of them labeled (split |6 for validation|4 classes|resnet10t, 5 queries|"
     words += "million parameters|2 labeled and 2 unlabeled images per step|lr 0.001|the preset is for 8|"
     words += "--scale-to-batch would set --lr 0.0005|--steps 2000,2800,3600|--ema-decay 0.9995|"

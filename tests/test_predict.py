@@ -98,7 +98,7 @@ def test_the_most_doubtful_pseudo_labels_come_first_and_all_are_a_data_set(check
     assert dataset.class_names == NAMES and len(dataset) == 3
     assert all(dataset.image(image_id).size[::-1] == dataset.size(image_id) for image_id in dataset.image_ids)
     # The configuration of this checkpoint names no data, so there are no labels to merge with.
-    command = f"python distill.py --data {out} --ratio 1"
+    command = f"python distill.py --data {out} --unannotated background"
     assert done.stdout.splitlines()[-2].endswith(command)
     assert done.stdout.splitlines()[-1].endswith(f"{command} --teacher-checkpoint {checkpoint}")
     assert not (out / "instances_val.json").exists()
@@ -141,6 +141,7 @@ def trained(make_model, shapes, tmp_path):
 
 def test_pseudo_labels_are_merged_with_the_labels_of_the_run(trained, photos, tmp_path):
     checkpoint, train, val, labeled = trained
+    (checkpoint.parent / "settings.json").touch()  # as a run has it
     assert len(labeled) == 4
     (checkpoint.parent / "teacher.pt").touch()
     out = tmp_path / "merged"
@@ -174,9 +175,9 @@ def test_pseudo_labels_are_merged_with_the_labels_of_the_run(trained, photos, tm
     counts, first, second = done.stdout.splitlines()[-3:]
     expected = f"{len(new)} pseudo-labels of 3 new images, {num_labels} labels of 4 labeled images"
     assert counts == f"{expected} -> {out / 'instances_train.json'}"
-    command = f"python distill.py --data {out} --ratio 1 --settings-from {checkpoint}"
+    command = f"python distill.py --data {out} --unannotated background --settings-from {checkpoint}"
     assert first.endswith(command)
-    assert second.endswith(f"{command} --teacher-checkpoint {checkpoint.parent / 'teacher.pt'}")
+    assert second.endswith(f"{command} --teacher-checkpoint {checkpoint}")
 
 
 def test_images_with_labels_get_no_pseudo_labels(trained, tmp_path):

@@ -416,7 +416,7 @@ def test_a_warning_counts_the_labeled_images_without_objects(tiny, tmp_path, cap
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 0]
     file.write_text(json.dumps(content))
     flags = ["--data", str(tmp_path / "data"), *TINY, "--ratio", "1", "--out", str(tmp_path / "out")]
-    cfg = parse_config(flags)
+    cfg = parse_config([*flags, "--unannotated", "background"])
     _, data, _ = set_up(cfg)
     print_setup(cfg, data, last_phase=3)
     assert "warning: 11 of 12 labeled images have no object\n" in capsys.readouterr().out
