@@ -1,4 +1,4 @@
-"""JSON files in COCO form: COCO itself, a folder of one's own, and the exports of annotation tools.
+"""JSON files in COCO form: COCO itself, our own folder layout, and the exports of annotation tools.
 
 Names tell the splits: train, val, valid, validation and test count as words of a file's name, and then of its
 folder's. The images are in images/, in a folder with the name of the split, or beside the JSON file."""

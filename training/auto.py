@@ -23,7 +23,7 @@ MAX_IMAGES = 500  # whose objects are measured
 OBJECT_SIDE = 16  # pixels that the median object should have in a crop on a CPU; a mask has a quarter of them
 GUIDED_STEP_COST = 2.2  # times a step on labels: twice the images for the student, and the teacher
 GIB_PER_MEGAPIXEL = 2.2  # of a training image, ResNet-50 in bf16 (benchmarks/RESULTS.md, "On a GPU")
-# A model for a CPU: a fifth of the paper's width and depth.
+# A model for a CPU: about a third of the paper's width and depth, with one encoder layer of six.
 SMALL_MODEL = {
     "hidden_dim": 96,
     "encoder_layers": 1,
