@@ -257,7 +257,7 @@ def evaluate_phase(step: int, metrics: Metrics, cfg: Config, data: Data, model, 
         predict = functools.partial(predict_pseudo_labels, network, cfg=cfg, env=data.env)
         results[name] = measure_pseudo_labels(predict, data)
     if metrics.board and data.val:
-        rows = compare_predictions({"prediction": model}, data.val, env=data.env, test_size=cfg.test_size)
+        rows = compare_predictions({"prediction": model}, data.val, **data.test_settings)
         page = np.asarray(make_grid(rows, ["image", "ground truth", "prediction"]))
         metrics.board.add_image("predictions", page, step, dataformats="HWC")
     model.train(training)
@@ -270,8 +270,7 @@ def evaluate_model(model, cfg: Config, data: Data) -> dict:
     """Return the AP on the validation set; {} if there is none."""
     if not data.val:
         return {}
-    batch_size = cfg.batch // world_size()
-    return evaluate(model, data.val, env=data.env, test_size=cfg.test_size, batch_size=batch_size)
+    return evaluate(model, data.val, batch_size=cfg.batch // world_size(), **data.test_settings)
 
 
 def predict_pseudo_labels(teacher: nn.Module, images: Tensor, cfg: Config, env: Env) -> list[dict]:

@@ -413,6 +413,7 @@ class Augmentation:
         lsj_scale: the image is resized to fit the crop, times a factor from this range: large-scale jitter
             (Ghiasi et al., CVPR 2021, arXiv 2012.07177).
         short_sides: if given, the image is resized instead so that its shorter side has one of these lengths.
+        tile: if given, a window of tile x tile pixels of the image fits the crop, not the whole image.
         flip: mirror half of the images.
         color_jitter: change the colors of the weak view too (SSD, arXiv 1512.02325, section 2.2), with
             brightness as a factor.
@@ -421,6 +422,7 @@ class Augmentation:
     crop: tuple[int, int]
     lsj_scale: tuple[float, float] = (0.1, 2.0)
     short_sides: tuple[int, ...] = ()
+    tile: int = 0
     flip: bool = True
     color_jitter: bool = False
     blur: tuple[float, float] = (0.1, 2.0)
@@ -433,11 +435,16 @@ class Augmentation:
                 raise ValueError(f"{name} must be two positive numbers in ascending order, found {pair}")
         if any(side < 1 for side in self.short_sides):
             raise ValueError(f"short_sides must be lengths in pixels, at least 1, found {self.short_sides}")
+        if self.short_sides and self.tile:
+            raise ValueError("short_sides and tile both set the scale of a crop; drop one")
+        if 0 < self.tile < 32:
+            raise ValueError(f"tile must be 0 or at least 32 pixels, found {self.tile}")
 
     def scale_range(self, H: int, W: int) -> tuple[float, float]:
         """Return the range of the factors by which an image (H, W) is resized."""
         if self.short_sides:
             return min(self.short_sides) / min(H, W), max(self.short_sides) / min(H, W)
+        H, W = (self.tile, self.tile) if self.tile else (H, W)
         fit = min(self.crop[0] / H, self.crop[1] / W)
         return self.lsj_scale[0] * fit, self.lsj_scale[1] * fit
 
@@ -458,16 +465,22 @@ class CropTransform:
     crop: tuple[int, int]
 
     @classmethod
-    def random(cls, augmentation: Augmentation, H: int, W: int, rng: np.random.Generator) -> "CropTransform":
-        """Draw a crop of an image (H, W)."""
+    def random(
+        cls, augmentation: Augmentation, H: int, W: int, rng: np.random.Generator, shown: tuple = ()
+    ) -> "CropTransform":
+        """Draw a crop of an image (H, W). shown: a point (y, x) of the image that the crop has to show."""
         crop = augmentation.crop
         if augmentation.short_sides:
             factor = rng.choice(augmentation.short_sides) / min(H, W)
         else:
-            factor = rng.uniform(*augmentation.lsj_scale) * min(crop[0] / H, crop[1] / W)
+            factor = rng.uniform(*augmentation.scale_range(H, W))
         resized = max(1, round(H * factor)), max(1, round(W * factor))
         window = min(resized[0], crop[0]), min(resized[1], crop[1])
-        top, left = (int(rng.integers(0, r - w + 1)) for r, w in zip(resized, window))
+        ranges = [(0, r - w) for r, w in zip(resized, window)]
+        for axis, (position, length) in enumerate(zip(shown, (H, W))):
+            pixel, (first, last) = int(position / length * resized[axis]), ranges[axis]
+            ranges[axis] = max(first, pixel - window[axis] + 1), min(last, pixel)
+        top, left = (int(rng.integers(first, last + 1)) for first, last in ranges)
         return cls(resized, top, left, window, augmentation.flip and rng.random() < 0.5, crop)
 
     def region(self, image: Image.Image) -> tuple[Image.Image, tuple, float]:
@@ -564,20 +577,29 @@ class AugmentedDataset(Dataset):
     - "image": (3, H, W) uint8, the weak view, and "file", the path of the image;
     - with `strong` also "strong": (3, H, W) uint8, the strong view of the same crop;
     - with `labels` also "labels": (N,) int64 and "masks": (N, H, W) bool, of the objects that the crop
-      shows."""
+      shows.
+
+    near_objects: share of the crops that are sure to show the center of an object, in [0, 1]."""
 
     def __init__(
-        self, dataset: CocoDataset | UnlabeledImages, augmentation: Augmentation, *, labels=True, strong=False
-    ):
+        self, dataset: CocoDataset | UnlabeledImages, augmentation: Augmentation, *, labels=True,
+        strong=False, near_objects=0.0,
+    ):  # fmt: skip
         self.dataset, self.augmentation = dataset, augmentation
-        self.with_labels, self.with_strong = labels, strong
+        self.with_labels, self.with_strong, self.near_objects = labels, strong, near_objects
 
     def __getitem__(self, key) -> dict:
         image_id, seed = key
         rng = np.random.default_rng(seed)
         image = self.dataset.image(image_id)
         H, W = image.height, image.width
-        transform = CropTransform.random(self.augmentation, H, W, rng)
+        shown = ()
+        if self.near_objects and rng.random() < self.near_objects and self.dataset.objects(image_id):
+            objects = self.dataset.objects(image_id)
+            mask = encode_rle(objects[rng.integers(len(objects))]["segmentation"], H, W)
+            x, y, w, h = rle_tools.toBbox(mask)
+            shown = y + h / 2, x + w / 2
+        transform = CropTransform.random(self.augmentation, H, W, rng, shown)
         region, box, scale = transform.region(image)
         if self.augmentation.color_jitter:
             # SSD's 32 and 18 are for OpenCV's 8 bits, where brightness ends at 255 and hue at 180.
@@ -603,14 +625,18 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def shortest_edge_size(H: int, W: int, short_side: int = 800, long_side: int = 1333) -> tuple[int, int]:
+def shortest_edge_size(
+    H: int, W: int, short_side: int = 800, long_side: int = 1333, tile: int = 0
+) -> tuple[int, int]:
     """Return the size (H, W) of an image at test time.
 
     The shorter side becomes `short_side`, unless the longer one would then exceed `long_side` (0: no
-    limit). A short_side of 0 keeps the size."""
+    limit). With `tile`, `tile` pixels become short_side, for images of any size. A short_side of 0 keeps the
+    size."""
     if not short_side:
         return H, W
     factor = min(short_side / min(H, W), (long_side or math.inf) / max(H, W))
+    factor = short_side / tile if tile else factor
     return max(1, round(H * factor)), max(1, round(W * factor))
 
 

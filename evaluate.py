@@ -50,10 +50,12 @@ from training.distributed import (
     warn_once,
     world_size,
 )
+from training.tiles import predict_tiles
 from training.visualize import draw_instances, draw_predictions, make_grid
 
 CPU = Env(torch.device("cpu"))
 MAX_DETECTIONS = 100  # that COCO's AP counts for an image and class
+MIN_SCORE = 0.05  # of instances of a window; the many below it would make joining windows slow
 MAX_PIXELS_PER_CHUNK = 2**24  # of upsampled masks that are in memory at once
 
 
@@ -125,21 +127,34 @@ def predict_batch(
     return instances(outputs, [image.shape[-2:] for image in images], output_sizes, top_k, rle)
 
 
-def predict_image(model: nn.Module, image: Image.Image, env: Env = CPU, *, test_size=(0, 0)) -> dict:
-    """Return the `instances` of one image as RLEs. The image is resized for the model to test_size."""
-    resized = resize_for_test(image, test_size)
-    return predict_batch(model, [to_tensor(resized)], [(image.height, image.width)], env)[0]
+def predict_image(
+    model: nn.Module, image: Image.Image, env: Env = CPU, *, test_size=(0, 0), tile=0, threshold=0.0
+) -> dict:
+    """Return the `instances` of one image as RLEs, those with a score above the threshold.
+
+    test_size: to which the image is resized for the model. tile: the side of overlapping windows that are
+    predicted one by one and joined (training.tiles); 0: the whole image at once."""
+
+    def predict(image: Image.Image, threshold: float) -> dict:
+        resized = resize_for_test(image, test_size, tile)
+        result = predict_batch(model, [to_tensor(resized)], [(image.height, image.width)], env)[0]
+        count = int((result["scores"] > threshold).sum())  # the best come first
+        return {name: values[:count] for name, values in result.items()}
+
+    if not tile:
+        return predict(image, threshold)
+    return predict_tiles(lambda window: predict(window, max(threshold, MIN_SCORE)), image, tile)
 
 
-def resize_for_test(image: Image.Image, sides=(0, 0)) -> Image.Image:
-    """Resize an image to the size it has at test time. sides: shorter side and limit of the longer one,
-    pixels."""
-    height, width = shortest_edge_size(image.height, image.width, *sides)
+def resize_for_test(image: Image.Image, sides=(0, 0), tile=0) -> Image.Image:
+    """Resize an image to the size it has at test time (data.shortest_edge_size). sides: shorter side and
+    limit of the longer one, pixels."""
+    height, width = shortest_edge_size(image.height, image.width, *sides, tile)
     return image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def evaluate(
-    model: nn.Module, dataset: CocoDataset, *, env: Env = CPU, test_size=(0, 0), batch_size=4
+    model: nn.Module, dataset: CocoDataset, *, env: Env = CPU, test_size=(0, 0), tile=0, batch_size=4
 ) -> dict:
     """Evaluate mask AP by the rules of COCO, in percent. Each rank takes a share of the images; all
     return the same.
@@ -147,6 +162,7 @@ def evaluate(
     Args:
         test_size: shorter side and limit of the longer side to which images are resized, pixels; 0: as
         they are.
+        tile: side of the windows that are predicted and joined, pixels; 0: whole images (`predict_image`).
         batch_size: images per forward pass, where neighbors have the same size.
 
     Returns {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class": {name: AP}}; -1 where there is no
@@ -169,10 +185,13 @@ def evaluate(
     detections = []
     bar = tqdm(total=len(shard), desc="images", leave=False, disable=None if rank() == 0 else True)
     while shard:
-        batch = [i for i in shard[:batch_size] if sizes[i] == sizes[shard[0]]]
+        batch = [i for i in shard[: 1 if tile else batch_size] if sizes[i] == sizes[shard[0]]]
         shard = shard[len(batch) :]
-        images = [to_tensor(resize_for_test(dataset.image(i), test_size)) for i in batch]
-        results = predict_batch(model, images, [dataset.size(i) for i in batch], env, top_k)
+        if tile:
+            results = [predict_image(model, dataset.image(batch[0]), env, test_size=test_size, tile=tile)]
+        else:
+            images = [to_tensor(resize_for_test(dataset.image(i), test_size)) for i in batch]
+            results = predict_batch(model, images, [dataset.size(i) for i in batch], env, top_k)
         for i, result in zip(batch, results):
             detections += coco_results(i, result, dataset.category_ids)
         bar.update(len(batch))
@@ -288,7 +307,7 @@ def _format(value: float) -> str:
 
 
 def compare_predictions(
-    models: dict, dataset: CocoDataset, *, env: Env = CPU, test_size=(0, 0), count=6
+    models: dict, dataset: CocoDataset, *, env: Env = CPU, test_size=(0, 0), tile=0, count=6
 ) -> list:
     """Return rows of pictures of `count` images: image, ground truth, and the predictions of each named
     model with a score above 0.5. The longer side of a picture has at most 1,000 pixels."""
@@ -300,7 +319,7 @@ def compare_predictions(
         names = [dataset.class_names[label] for label in dataset.labels(image_id)]
         row = [draw_instances(image, scale=scale, dim=1), draw_instances(image, rles, names, scale)]
         for model in models.values():
-            predictions = predict_image(model, image, env, test_size=test_size)
+            predictions = predict_image(model, image, env, test_size=test_size, tile=tile, threshold=0.5)
             row.append(draw_predictions(image, predictions, dataset.class_names, 0.5, scale=scale))
         rows.append(row)
     return rows
@@ -341,21 +360,27 @@ def add_model_arguments(parser) -> None:
     add = parser.add_argument
     sides = "shorter side and limit of the longer side at test time, pixels; 0: no resizing"
     add("--test-size", type=parse_numbers, help=f"{sides}; default: as trained, or 800,1333")
+    tile = "predict windows of N x N pixels and join them; 0: whole images; default: as trained"
+    add("--tile", type=int, metavar="N", help=tile)
     add("--device", default="", help="cuda, mps or cpu; default: the best available")
     add("--precision", help="bf16 or fp32; default: that of the training run")
     for old in ("--short-side", "--long-side"):  # former spellings of the two numbers of --test-size
         add(old, type=int, help=argparse.SUPPRESS)
 
 
-def model_settings(flags, config: dict) -> tuple[Env, tuple]:
-    """Return the environment and the test size, from the flags of `add_model_arguments` or the training run's
-    config."""
+def model_settings(flags, config: dict) -> dict:
+    """Return the environment, test size and tile as keyword arguments of `predict_image`, from the flags of
+    `add_model_arguments` or the training run's config. Raises ValueError."""
     default = flags.test_size or config.get("test_size") or (800, 1333)
     if len(default) != 2:
         raise ValueError(f"--test-size must be two numbers, found {default}")
     given = flags.short_side, flags.long_side
+    test_size = tuple(d if side is None else side for d, side in zip(default, given))
+    tile = config.get("tile", 0) if flags.tile is None else flags.tile
+    if tile and tile < 32:
+        raise ValueError(f"--tile must be 0 or at least 32 pixels, found {tile}")
     env = init_distributed(flags.device, flags.precision or config.get("precision", ""))
-    return env, tuple(d if side is None else side for d, side in zip(default, given))
+    return {"env": env, "test_size": test_size, "tile": tile}
 
 
 def main(argv=None) -> None:
@@ -365,7 +390,7 @@ def main(argv=None) -> None:
             raise ValueError(f"--batch must be at least 1, found {flags.batch}")
         checkpoint = load_any_checkpoint(flags.checkpoint)
         config = checkpoint.get("config", {})
-        env, test_size = model_settings(flags, config)
+        settings = model_settings(flags, config)
         dataset = validation_set(flags, config)
         check_classes(checkpoint, dataset.class_names)
         dataset.pixel_range = checkpoint.get("pixel_range")
@@ -376,18 +401,20 @@ def main(argv=None) -> None:
         for which in ("model", "teacher"):
             if checkpoint[which] is not None:
                 trained = "teacher" if checkpoint.get("phase") == "teacher" else "student"
-                models[trained if which == "model" else which] = load_model(checkpoint, env.device, which)
+                models[trained if which == "model" else which] = load_model(
+                    checkpoint, settings["env"].device, which
+                )
     with expected_errors(DataError):
-        kwargs = dict(env=env, test_size=test_size)
         aps = {
-            name: evaluate(model, dataset, batch_size=flags.batch, **kwargs) for name, model in models.items()
+            name: evaluate(model, dataset, batch_size=flags.batch, **settings)
+            for name, model in models.items()
         }
     print_rank0(ap_table(aps))
     with expected_errors():
         if rank() == 0 and flags.json:
             Path(flags.json).write_text(json.dumps(aps, indent=1))
         if rank() == 0 and flags.picture:
-            rows = compare_predictions(models, dataset, **kwargs)
+            rows = compare_predictions(models, dataset, **settings)
             make_grid(rows, ["image", "ground truth", *models]).save(flags.picture)
 
 

@@ -8,19 +8,29 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from commands import ROOT, run
 
 from layouts import load_data
-from training.auto import GUIDED_STEP_COST, Facts, choose_options, ema_decay, fit_steps, measure_facts
+from training.auto import (
+    GUIDED_STEP_COST,
+    Facts,
+    choose_options,
+    count_in_windows,
+    ema_decay,
+    fit_steps,
+    measure_facts,
+)
 from training.cli import parse_config
 from training.config import Config, read_settings, write_settings
 from training.metrics import expected_seconds
 
 PHOTOS = Facts(
-    long_side=640, object_side=0.1, num_objects=(12, 30), num_labeled=300, num_unlabeled=2000, num_cores=2
-)
+    long_side=640, object_side=0.1, large_object_side=0.5, num_objects=(12, 30), num_labeled=300,
+    num_cores=2,
+)  # fmt: skip
 ON_GPU = dataclasses.replace(PHOTOS, gpu_memory=80.0, num_cores=16)
 
 
@@ -51,17 +61,51 @@ def test_the_crop_fits_the_images():
     assert values(dataclasses.replace(PHOTOS, long_side=40))["crop"] == (96, 96), "enlarged about twice"
 
 
-def test_small_objects_get_a_larger_crop_and_fewer_images_per_step():
-    """Nuclei of 14 pixels in images of 256."""
-    nuclei = dataclasses.replace(PHOTOS, long_side=256, object_side=0.055, num_objects=(49, 50))
-    chosen = values(nuclei)
-    assert chosen["crop"] == chosen["test_size"] == (320, 320) and chosen["lsj_scale"] == (0.7, 1.3)
-    assert (chosen["batch"], chosen["num_points"], chosen["num_queries"]) == (4, 4096, 80)
-    assert (
-        chosen["full_res_masks"]
-        and not values(dataclasses.replace(PHOTOS, object_side=0.6))["full_res_masks"]
-    )
+# 32 nuclei of 14 pixels in an image of 256, on a grid of 8 x 4.
+GRID = np.array([[32.0 * x, 64.0 * y, 14, 14] for x in range(8) for y in range(4)])
+NUCLEI = dataclasses.replace(
+    PHOTOS, long_side=256, object_side=0.055, large_object_side=0.13, num_objects=(49, 50), boxes=(GRID,)
+)
+
+
+def test_small_objects_are_learned_in_windows():
+    chosen = values(NUCLEI)
+    assert (chosen["tile"], chosen["crop"], chosen["test_size"]) == (96, (96, 96), (96, 96))
+    assert chosen["batch"] == 8 and chosen["full_res_masks"]
+    # A window has up to 96 / 0.7 = 137 pixels: 5 columns and 3 rows of the grid.
+    assert max(count_in_windows([GRID], 96 / 0.7)) == 15 and chosen["num_queries"] == 30
+    assert values(dataclasses.replace(NUCLEI, gpu_memory=80.0))["crop"] == (512, 512)
+    assert values(dataclasses.replace(NUCLEI, gpu_memory=80.0))["tile"] == 0, "the whole image fits"
+    survey = dataclasses.replace(NUCLEI, gpu_memory=80.0, long_side=4000, object_side=0.005)
+    survey = dataclasses.replace(survey, large_object_side=0.01)
+    assert values(survey)["tile"] == 320 and values(survey)["crop"] == (512, 512)
+
+
+def test_large_objects_are_not_cut_into_windows():
+    """Whole images get a larger crop instead, and fewer of them per step."""
+    chosen = values(dataclasses.replace(NUCLEI, large_object_side=0.5))
+    assert (chosen["tile"], chosen["crop"]) == (0, (256, 256)) and chosen["lsj_scale"] == (0.7, 1.3)
+    assert (chosen["batch"], chosen["num_points"], chosen["num_queries"]) == (4, 2621, 80)
+    assert not values(dataclasses.replace(PHOTOS, object_side=0.6))["full_res_masks"]
     assert (values(PHOTOS)["batch"], values(PHOTOS)["num_points"]) == (8, 1024)
+
+
+def test_windows_follow_the_flags():
+    assert values(NUCLEI, tile=64)["num_queries"] == 20 and "tile" not in values(NUCLEI, tile=64)
+    assert values(NUCLEI, tile=0)["crop"] == (256, 256)
+    assert values(NUCLEI, short_sides=(128,))["tile"] == 0
+    assert values(NUCLEI, crop=(192, 192))["tile"] == 192 and values(NUCLEI, crop=(256, 256))["tile"] == 0
+
+
+@pytest.mark.parametrize("side", [10.0, 40.0, 100.0])
+def test_objects_of_windows_are_counted_pixel_by_pixel(side):
+    boxes = np.random.default_rng(0).uniform(0, 100, (20, 4))
+    expected = []
+    for x, y, w, h in boxes:
+        left, top = x + w / 2 - side / 2, y + h / 2 - side / 2
+        shown = [a < left + side and a + c > left and b < top + side and b + d > top for a, b, c, d in boxes]
+        expected.append(sum(shown))
+    assert count_in_windows([boxes[:0], boxes], side) == expected
 
 
 @pytest.mark.parametrize("processes", [1, 3, 8])
@@ -72,11 +116,13 @@ def test_the_batch_is_a_multiple_of_the_processes(processes):
 
 def test_facts_are_those_of_the_drawn_images(shapes):
     train, _ = load_data(str(shapes))
-    facts = measure_facts(train, train.image_ids, 7, torch.device("cpu"))
+    facts = measure_facts(train, train.image_ids, torch.device("cpu"))
     counts = [len(train.labels(image_id)) for image_id in train.image_ids]
     areas = [o["area"] for image_id in train.image_ids for o in train.objects(image_id)]
+    assert len(facts.boxes) == len([i for i in train.image_ids if train.objects(i)])
+    assert sum(map(len, facts.boxes)) == len(areas) and facts.large_object_side >= facts.object_side
     assert facts.long_side == 64 and facts.num_objects[1] == max(counts)
-    assert (facts.num_labeled, facts.num_unlabeled, facts.gpu_memory) == (12, 7, 0.0)
+    assert (facts.num_labeled, facts.gpu_memory) == (12, 0.0)
     assert facts.object_side == pytest.approx(
         sorted(math.sqrt(a) / 64 for a in areas)[len(areas) // 2], abs=0.02
     )

@@ -310,6 +310,47 @@ def test_a_polygon_and_an_rle_of_one_rectangle_have_the_same_cropped_mask():
     assert shown > 150
 
 
+@pytest.mark.parametrize("H, W", [(70, 110), (300, 200), (40, 500)])
+def test_a_tile_sets_the_scale_whatever_the_size_of_the_image(H, W):
+    """In training a window of 48 pixels fits the crop, times the jitter. When tested it has the test size."""
+    view, rng = Augmentation((96, 96), lsj_scale=(0.7, 1.3), tile=48), np.random.default_rng(0)
+    assert view.scale_range(H, W) == (pytest.approx(1.4), pytest.approx(2.6))
+    for _ in range(50):
+        transform = CropTransform.random(view, H, W, rng)
+        assert 1.39 * H - 1 < transform.resized[0] < 2.61 * H + 1
+    assert data.shortest_edge_size(H, W, 96, 96, tile=48) == (2 * H, 2 * W)
+    assert data.shortest_edge_size(H, W, 0, 0, tile=48) == (H, W)
+
+
+def test_a_crop_shows_the_point_that_it_has_to():
+    H, W, rng = 200, 300, np.random.default_rng(0)
+    points = [(0, 0), (199.9, 299.9), (100, 20), (60.5, 150.5)]
+    starts = set()
+    for n in range(400):
+        y, x = points[n % 4]
+        transform = CropTransform.random(Augmentation((64, 96), tile=64), H, W, rng, shown=(y, x))
+        y, x = y * transform.resized[0] / H, x * transform.resized[1] / W
+        assert transform.top <= y < transform.top + transform.window[0]
+        assert transform.left <= x < transform.left + transform.window[1]
+        assert transform.top + transform.window[0] <= transform.resized[0]
+        starts.add((n % 4, transform.top))
+    assert len({top for n, top in starts if n == 2}) > 20, "the point is anywhere in the crop"
+
+
+def test_windows_near_objects_show_one(make_dataset):
+    """One object of 10 x 10 pixels in an image of 600 x 600: a window of 60 rarely shows it by chance."""
+    mask = np.zeros((600, 600), np.uint8)
+    mask[300:310, 500:510] = 1
+    annotation = {"image_id": 1, "category_id": 3, "segmentation": compressed(mask)}
+    dataset = make_dataset({1: np.zeros((600, 600, 3), np.uint8)}, [annotation], category_ids=(3,))
+    augmentation = Augmentation((64, 64), lsj_scale=(0.9, 1.1), tile=60)
+    shares = {}
+    for near in (0.0, 0.5, 1.0):
+        views = AugmentedDataset(dataset, augmentation, near_objects=near)
+        shares[near] = np.mean([len(views[1, seed]["labels"]) for seed in range(60)])
+    assert shares[0.0] < 0.1 and 0.3 < shares[0.5] < 0.75 and shares[1.0] == 1
+
+
 def test_masks_are_cropped_like_their_image():
     """A picture of the mask is cropped as an image. What lies outside the image is gray."""
     H, W = 70, 110

@@ -339,6 +339,21 @@ def test_a_perfect_model_has_an_ap_of_100(painted, batch_size, test_size):
         assert {shape[2:] for shape in oracle.shapes} == {(64, 96), (100, 76)}
 
 
+@pytest.mark.parametrize("tile, test_size, shape", [(48, (0, 0), (48, 48)), (64, (96, 96), (96, 96))])
+def test_windows_find_what_whole_images_show(painted, tile, test_size, shape):
+    """Most objects are nearly as large as a window, so they are joined from pieces."""
+    oracle = Oracle().eval()
+    ap = evaluate(oracle, painted, test_size=test_size, tile=tile)
+    assert ap["AP50"] == 100 and ap["AP"] > 90
+    assert {sizes[2:] for sizes in oracle.shapes} == {shape}
+    image = painted.image(painted.image_ids[0])
+    for threshold in (0.0, 0.5):
+        result = predict_image(oracle, image, test_size=test_size, tile=tile, threshold=threshold)
+        assert sorted(result["labels"].tolist()) == sorted(painted.labels(painted.image_ids[0]))
+    nothing = predict_image(oracle, image, test_size=test_size, tile=tile, threshold=1.0)
+    assert nothing["rles"] == [] and len(nothing["scores"]) == 0
+
+
 def test_the_masks_in_memory_do_not_grow_with_the_images_of_a_batch(painted, monkeypatch):
     """No more than MAX_PIXELS_PER_CHUNK pixels of masks at the size of the original images."""
     sizes, resize = [], evaluation.resize
@@ -550,7 +565,14 @@ def test_the_longer_side_may_have_no_limit(painted):
 )
 def test_the_test_size_is_that_of_the_flags_or_of_the_training_run(flags, config, expected):
     arguments = parse_arguments(["a.pt", "--device", "cpu", *flags.split()])
-    assert model_settings(arguments, config)[1] == expected
+    settings = model_settings(arguments, config)
+    assert settings["test_size"] == expected and settings["tile"] == 0
+
+
+def test_the_tile_is_that_of_the_flag_or_of_the_training_run():
+    for flags, expected in (([], 96), (["--tile", "64"], 64), (["--tile", "0"], 0)):
+        flags = parse_arguments(["a.pt", "--device", "cpu", *flags])
+        assert model_settings(flags, {"tile": 96})["tile"] == expected
 
 
 def test_the_test_size_has_two_numbers():

@@ -263,8 +263,7 @@ def test_the_student_or_the_teacher_predicts(checkpoint, photos, tmp_path):
         (["bad.png", "--val-json", "a.json"], "pass --data"),
         (["bad.png", "--threshold", "50"], "--threshold must be in [0, 1), found 50; 50 % is 0.5"),
         (["bad.png", "--threshold", "nan"], "--threshold must be in [0, 1)"),
-        (["bad.png", "--tile", "8"], "--tile must be at least 32 pixels"),
-        (["bad.png", "--tile", "64", "--pseudo-labels", "out"], "--tile is for predictions"),
+        (["bad.png", "--tile", "8"], "--tile must be 0 or at least 32 pixels, found 8"),
     ],
 )
 def test_a_mistake_of_the_user_is_one_line(checkpoint, tmp_path, flags, words):

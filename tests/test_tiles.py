@@ -1,4 +1,4 @@
-"""Tests of tools/tiles.py: windows that overlap find each object of an image once."""
+"""Tests of training/tiles.py: windows that overlap find each object of an image once."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as rle_tools
 
-from tools.tiles import place, predict_tiles, window_starts
+from training.tiles import place, predict_tiles, window_starts
 
 SIZE = (300, 420)  # height and width of the scenes
 

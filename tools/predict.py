@@ -1,7 +1,7 @@
 """Predict the instances in any images, or write pseudo-labels that people can correct.
 
     python -m tools.predict runs/coco-0.01/distill.pt photos/ --out predictions/
-    python -m tools.predict runs/tiles-1/distill.pt photos/ --tile 512      # trained on parts of such photos
+    python -m tools.predict runs/parts-1/distill.pt photos/ --tile 512      # trained on parts of such photos
     python -m tools.predict runs/my_dataset-1/distill.pt photos/ --pseudo-labels to_correct/
 
 The first two commands write a picture of each image with its instances, and results.json, a list of
@@ -53,12 +53,12 @@ from evaluate import (
 )
 from interop.load import load_any_checkpoint
 from layouts.images import find_copies, list_image_files
-from tools.tiles import predict_tiles
 from training.checkpoint import check_classes, load_model
 from training.cli import Parser, add_data_flags, data_args, expected_errors
 from training.config import Config
 from training.distributed import Env, autocast, warn_once, world_size
 from training.run_data import Data, read_data
+from training.tiles import predict_tiles
 from training.visualize import draw_predictions
 
 MAX_PICTURE_SIDE = 4000  # pixels
@@ -72,8 +72,6 @@ def parse_arguments(argv=None):
     add("--out", default="predictions", help="folder for pictures and results.json [predictions]")
     threshold = "keep scores above this, in [0, 1) [0.5; --score-threshold of the run for --pseudo-labels]"
     add("--threshold", type=float, help=threshold)
-    tile = "predict windows of N x N pixels and join them; N: the side of the training images"
-    add("--tile", type=int, metavar="N", help=tile)
     add("--pseudo-labels", metavar="DIR", help="write the teacher's pseudo-labels there, to correct them")
     add("--overwrite", action="store_true", help="replace the files of an earlier call")
     add("--which", choices=("student", "teacher"), help="model to use [student; teacher for --pseudo-labels]")
@@ -87,10 +85,6 @@ def check_flags(flags) -> None:
     """Raises ValueError for flags out of range, and for an output folder that is in use."""
     if flags.threshold is not None and not 0 <= flags.threshold < 1:
         raise ValueError(f"--threshold must be in [0, 1), found {flags.threshold:g}; 50 % is 0.5")
-    if flags.tile is not None and flags.tile < 32:
-        raise ValueError(f"--tile must be at least 32 pixels, found {flags.tile}")
-    if flags.tile and flags.pseudo_labels:
-        raise ValueError("--tile is for predictions; cut the images into tiles to label those")
     flag, folder, file = "--out", flags.out, "results.json"
     if flags.pseudo_labels:
         flag, folder, file = "--pseudo-labels", flags.pseudo_labels, "instances_train.json"
@@ -104,7 +98,7 @@ def main(argv=None) -> None:
         check_flags(flags)
         checkpoint = load_any_checkpoint(flags.checkpoint)
         config = checkpoint.get("config", {})
-        env, test_size = model_settings(flags, config)
+        settings = model_settings(flags, config)
         if world_size() > 1:
             raise ValueError("tools.predict runs in one process; start it without torchrun")
         # A phase without a teacher has trained a model that can be one.
@@ -112,7 +106,7 @@ def main(argv=None) -> None:
         which = flags.which or ("teacher" if flags.pseudo_labels and has_teacher else "student")
         if which == "teacher" and not has_teacher:
             raise ValueError(f"{flags.checkpoint} has only one model; use --which student")
-        model = load_model(checkpoint, env.device, "model" if which == "student" else "teacher")
+        model = load_model(checkpoint, settings["env"].device, "model" if which == "student" else "teacher")
         pixel_range = checkpoint.get("pixel_range")  # of the training images, if they have more than 8 bits
         files = find_images(flags.images)
         if flags.pseudo_labels:
@@ -122,14 +116,13 @@ def main(argv=None) -> None:
             options = {name: config[name] for name in names if name in config}
             if flags.threshold is not None:
                 options["score_threshold"] = flags.threshold
-            predict = functools.partial(find_pseudo_labels, model, env=env, test_size=test_size, **options)
+            predict = functools.partial(find_pseudo_labels, model, **settings, **options)
             write_pseudo_labels(predict, files, categories, Path(flags.pseudo_labels), run, pixel_range)
             print_training_commands(flags, run)
         else:
             threshold = 0.5 if flags.threshold is None else flags.threshold
-            predict = functools.partial(predict_above, threshold, model, env=env, test_size=test_size)
-            if flags.tile:
-                predict, test_size = functools.partial(predict_tiles, predict, side=flags.tile), None
+            predict = functools.partial(predict_image, model, threshold=threshold, **settings)
+            test_size = None if settings["tile"] else settings["test_size"]
             categories = find_categories(checkpoint, flags)
             write_predictions(predict, files, categories, Path(flags.out), test_size, pixel_range)
 
@@ -181,13 +174,6 @@ def read_images(files: list[Path], pixel_range=None):
         raise DataError(f"none of the {len(files)} images can be read")
 
 
-def predict_above(threshold: float, model, image: Image.Image, **kwargs) -> dict:
-    """Return the instances of an image (evaluate.predict_image) with a score above the threshold."""
-    result = predict_image(model, image, **kwargs)
-    count = int((result["scores"] > threshold).sum())  # the best come first
-    return {name: values[:count] for name, values in result.items()}
-
-
 def write_predictions(predict, files, categories, out: Path, test_size=None, pixel_range=None) -> None:
     """Write out/<number>-<name>.jpg with the instances of each image, and out/results.json with the same
     instances in COCO's result form. out/images.json is a COCO file without annotations, for
@@ -224,21 +210,30 @@ def write_predictions(predict, files, categories, out: Path, test_size=None, pix
 
 @torch.no_grad()
 def find_pseudo_labels(
-    model, image: Image.Image, *, env: Env, test_size, score_threshold=0.7, min_area=5, mask_nms_iou=1.0
-) -> dict:
+    model, image: Image.Image, *, env: Env, test_size, tile=0,
+    score_threshold=0.7, min_area=5, mask_nms_iou=1.0,
+) -> dict:  # fmt: skip
     """Return the pseudo-labels of an image {"scores" (N,), "labels" (N,), "rles"}, and "highest", the highest
-    class probability of a query. Masks have the resolution of the image, because people will correct them."""
-    resized = resize_for_test(image, test_size)
-    with autocast(env):
-        outputs = model(to_tensor(resized)[None].to(env.device))
-    [pseudo] = mask_nms(pseudo_labels(outputs, score_threshold, min_area), mask_nms_iou)
-    result = {"scores": pseudo["scores"], "labels": pseudo["labels"], "rles": []}
-    result["highest"] = float(outputs["pred_logits"].float().softmax(-1)[..., :-1].max())
-    if len(pseudo["scores"]):
-        sizes = (resized.height, resized.width), (image.height, image.width)
-        for masks, _ in upsample_masks(pseudo["mask_logits"], *sizes):
-            result["rles"] += encode_masks(masks)
-    return result
+    class probability of a query. Masks have the resolution of the image, because people will correct them.
+
+    test_size, tile: as in `evaluate.predict_image`."""
+    highest = []
+
+    def predict(image: Image.Image) -> dict:
+        resized = resize_for_test(image, test_size, tile)
+        with autocast(env):
+            outputs = model(to_tensor(resized)[None].to(env.device))
+        highest.append(float(outputs["pred_logits"].float().softmax(-1)[..., :-1].max()))
+        [pseudo] = mask_nms(pseudo_labels(outputs, score_threshold, min_area), mask_nms_iou)
+        rles = []
+        if len(pseudo["scores"]):
+            sizes = (resized.height, resized.width), (image.height, image.width)
+            for masks, _ in upsample_masks(pseudo["mask_logits"], *sizes):
+                rles += encode_masks(masks)
+        return {"scores": pseudo["scores"], "labels": pseudo["labels"], "rles": rles}
+
+    result = predict_tiles(predict, image, tile) if tile else predict(image)
+    return {**result, "highest": max(highest)}
 
 
 def write_pseudo_labels(predict, files, categories, out: Path, run: Data | None, pixel_range=None) -> None:

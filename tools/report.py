@@ -155,7 +155,7 @@ def report_run(cfg: Config, data: Data) -> None:
 
     first = "burnt-in" if cfg.student_checkpoint else "teacher"
     models = {name: load_model(phases[name], data.env.device) for name in (first, last)}
-    pictures = compare_predictions(models, data.val, env=data.env, test_size=cfg.test_size)
+    pictures = compare_predictions(models, data.val, **data.test_settings)
     picture_names = ["image", "ground truth", *models]
     make_grid(pictures, picture_names).save(out / "predictions.png")
     print(f"\npicture: {out / 'predictions.png'}")

@@ -1,6 +1,6 @@
 """--preset auto: choose the options of a run from the images and the machine.
 
-    facts = measure_facts(train, labeled, num_unlabeled, device)
+    facts = measure_facts(train, labeled, device)
     choices = choose_options(facts, given={"crop": (512, 512)})    # {"lr": (5e-4, "for a small model"), ...}
 
 Every choice has a reason, which the banner prints. An option that was given as a flag is not chosen, and
@@ -9,7 +9,9 @@ the choices that depend on it follow it."""
 import math
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +22,6 @@ from training.config import Config
 from training.distributed import Env, all_reduce_mean, autocast, num_objects, to_device, world_size
 
 MAX_IMAGES = 500  # whose objects are measured
-OBJECT_SIDE = 16  # pixels that the median object should have in a crop on a CPU; a mask has a quarter of them
 GUIDED_STEP_COST = 2.2  # times a step on labels: twice the images for the student, and the teacher
 GIB_PER_MEGAPIXEL = 2.2  # of a training image, ResNet-50 in bf16 (benchmarks/RESULTS.md, "On a GPU")
 # A model for a CPU: about a third of the paper's width and depth, with one encoder layer of six.
@@ -33,30 +34,49 @@ SMALL_MODEL = {
 }
 
 
+class Crops(NamedTuple):
+    """The crops that --preset auto chooses from, sides in pixels.
+
+    object_side: of the median object in a crop; masks are predicted at a quarter of it. smallest, largest: of
+    crops that show a whole image. window: of crops that show a window, where a whole image would need a crop
+    larger than `whole`."""
+
+    object_side: int
+    smallest: int
+    whole: int
+    largest: int
+    window: int
+
+
+CPU_CROPS = Crops(object_side=14, smallest=160, whole=224, largest=320, window=96)
+GPU_CROPS = Crops(object_side=32, smallest=256, whole=1024, largest=1024, window=512)
+
+
 @dataclass(frozen=True)
 class Facts:
     """The facts that the choices depend on.
 
     long_side: median longer side of the images, pixels. object_side: median of the square root of an
-    object's area, relative to the longer side of its image. num_objects: 99th percentile and maximum of the
-    objects of an image. gpu_memory: GiB of this process's GPU, 0 on a CPU. num_gpus: processes in all.
-    num_local: processes of this machine, which share its num_cores."""
+    object's area, relative to the longer side of its image; large_object_side: 95th percentile. num_objects:
+    99th percentile and maximum of the objects of an image. boxes: `object_boxes` of each image. gpu_memory:
+    GiB of this process's GPU, 0 on a CPU. num_gpus: processes in all. num_local: processes of this machine,
+    which share its num_cores."""
 
     long_side: int
     object_side: float
+    large_object_side: float
     num_objects: tuple[int, int]
     num_labeled: int
-    num_unlabeled: int
+    boxes: tuple[np.ndarray, ...] = ()
     gpu_memory: float = 0.0
     num_gpus: int = 1
     num_local: int = 1
     num_cores: int = 2
 
 
-def measure_facts(train: CocoDataset, labeled: list, num_unlabeled: int, device: torch.device) -> Facts:
+def measure_facts(train: CocoDataset, labeled: list, device: torch.device) -> Facts:
     """Measure the labeled images (at most MAX_IMAGES of them) and the machine."""
-    with_objects = [image_id for image_id in labeled if train.objects(image_id)]
-    sample = sorted(with_objects, key=lambda image_id: stable_seed("facts", image_id))[:MAX_IMAGES]
+    sample = sample_images(train, labeled)
     sides = []
     for image_id in sample:
         H, W = train.size(image_id)
@@ -67,14 +87,58 @@ def measure_facts(train: CocoDataset, labeled: list, num_unlabeled: int, device:
     return Facts(
         long_side=int(np.median([max(train.size(image_id)) for image_id in sample])),
         object_side=float(np.median(sides)),
+        large_object_side=float(np.percentile(sides, 95)),
         num_objects=(int(np.percentile(counts, 99)), max(counts)),
         num_labeled=len(labeled),
-        num_unlabeled=num_unlabeled,
+        boxes=tuple(object_boxes(train, image_id) for image_id in sample),
         gpu_memory=torch.cuda.get_device_properties(device).total_memory / 2**30 if on_gpu else 0.0,
         num_gpus=world_size(),
         num_local=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     )
+
+
+def sample_images(train: CocoDataset, labeled: list) -> list:
+    """Return at most MAX_IMAGES of the labeled images with objects, always the same ones."""
+    with_objects = [image_id for image_id in labeled if train.objects(image_id)]
+    return sorted(with_objects, key=lambda image_id: stable_seed("facts", image_id))[:MAX_IMAGES]
+
+
+def object_boxes(train: CocoDataset, image_id) -> np.ndarray:
+    """Return the boxes of the objects of an image (N, 4): left, top, width, height in pixels."""
+    rles = [encode_rle(o["segmentation"], *train.size(image_id)) for o in train.objects(image_id)]
+    return rle_tools.toBbox(rles)
+
+
+def count_in_windows(boxes: Iterable[np.ndarray], side: float) -> list[int]:
+    """Count the objects that a window of side x side pixels shows, for a window around each object. boxes: of
+    the objects of each image, as `object_boxes` returns them."""
+    counts = []
+    for image_boxes in boxes:
+        start, size = image_boxes[:, :2], image_boxes[:, 2:]
+        center = start + size / 2
+        left, right = center - side / 2, center + side / 2
+        shown = (start[None] < right[:, None]) & ((start + size)[None] > left[:, None])  # window, object, 2
+        counts += shown.all(2).sum(1).tolist()
+    return counts
+
+
+def choose_tile(facts: Facts, crops: Crops) -> int:
+    """Return the side of windows, in pixels of an image; 0 for whole images, if they fit a crop in which
+    objects are large enough, or if the large objects would not fit a window."""
+    enlargement = min(crops.object_side / (facts.object_side * facts.long_side), 2)
+    tile = max(32, 32 * round(crops.window / enlargement / 32))
+    whole_fits = enlargement * facts.long_side <= crops.whole
+    return 0 if whole_fits or facts.large_object_side * facts.long_side > tile / 2 else tile
+
+
+def choose_side(facts: Facts, crops: Crops) -> int:
+    """Return the side of a crop of a whole image: large enough for small objects, but an image is enlarged
+    twice at most."""
+    side = crops.object_side / facts.object_side
+    side = max(side, facts.long_side) if facts.gpu_memory else side  # A GPU has time for all pixels.
+    side = min(max(side, crops.smallest), crops.largest, 2 * facts.long_side)
+    return max(64, 32 * math.ceil(side / 32))
 
 
 def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
@@ -101,28 +165,33 @@ def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
         small = {**SMALL_MODEL, **given.get("model_args", {})}
         choices["model_args"] = (small, "a narrow and shallow model, for a CPU")
 
-    # Small objects need a larger crop, but an image is enlarged twice at most.
-    shortest, longest, wanted = (256, 1024, 2 * OBJECT_SIDE) if on_gpu else (160, 320, OBJECT_SIDE)
-    side = wanted / object_side if not on_gpu else max(long_side, wanted / object_side)
-    side = min(max(side, shortest), longest, 2 * long_side)
-    side = max(64, 32 * math.ceil(side / 32))
+    # Small objects need large crops. Where the whole image would need too large a one, crops are windows.
+    crops = GPU_CROPS if on_gpu else CPU_CROPS
+    if "crop" in given:
+        side = min(given["crop"])
+        crops = crops._replace(smallest=side, whole=side, largest=side, window=side)
     pixels = f"the median object is {object_side * long_side:.0f} pixels wide in an image of {long_side}"
-    crop = choose("crop", (side, side), f"{pixels}, {object_side * side:.0f} in a crop")
+    tile = 0 if given.get("short_sides") else choose_tile(facts, crops)
+    tile = choose("tile", tile, f"windows of it, as {pixels}" if tile else "a crop shows a whole image")
+    side = crops.window if tile else choose_side(facts, crops)
+    fits = tile or long_side  # pixels of an image that fit a crop
+    crop = choose("crop", (side, side), f"{pixels}, {object_side * long_side / fits * side:.0f} in a crop")
     fit = min(crop)
     jitter = (0.5, 1.5) if on_gpu else (0.7, 1.3)
-    choose("lsj_scale", jitter, "around the scale at which an image fits the crop")
+    shown = "a window" if tile else "an image"
+    choose("lsj_scale", jitter, f"around the scale at which {shown} fits the crop")
     choose("test_size", (fit, fit), "the scale of the crops")
-    pixels = object_side * fit
+    pixels = object_side * long_side / fits * fit
     choose("full_res_masks", pixels < 48, f"the median object is {pixels:.0f} pixels wide in a crop")
 
-    most, maximum = facts.num_objects
+    (most, maximum), place = facts.num_objects, "images"
+    if tile:
+        counts = count_in_windows(facts.boxes, tile / min(jitter))
+        most, maximum, place = int(np.percentile(counts, 99)), max(counts), "windows"
     queries = 10 * math.ceil(1.5 * most / 10)
     queries = min(max(queries, 100 if on_gpu else 20), 300)
-    choose(
-        "num_queries",
-        queries,
-        f"99 % of the images have at most {most} objects, the largest number is {maximum}",
-    )
+    numbers = f"99 % of the {place} have at most {most} objects, the largest number is {maximum}"
+    choose("num_queries", queries, numbers)
     points = int(min(max(crop[0] * crop[1] / 25, 1024), 12544))
     choose("num_points", points, "one for 25 pixels of a crop, at most the paper's number")
 
@@ -148,7 +217,9 @@ def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
             f"100 epochs of the {facts.num_labeled} labeled images, at least 2,000; 2 and 4 times as many"
         )
     else:
-        steps, reason = (1000, 1500, 1500), "enough for a small model"
+        # Windows show fewer objects than an image, and there are more of them.
+        steps = (1500, 2000, 2000) if tile else (1000, 1500, 1500)
+        reason = "enough for a small model"
     steps = choose("steps", steps, reason)
     steps = steps * 3 if len(steps) == 1 else steps
     if not given.get("supervised_only"):

@@ -56,6 +56,7 @@ class Config:
     crop: tuple = option((1024, 1024), "height and width of training crops, multiples of 32")
     lsj_scale: tuple = option((0.1, 2.0), "large-scale jitter: image size relative to fitting the crop")
     short_sides: tuple = option((), "resize the shorter side to one of these instead of jitter, pixels")
+    tile: int = option(0, "train and test on windows of N x N pixels, for small objects; 0: whole images")
     color_jitter: bool = option(False, "photometric jitter of the weak view (the Cityscapes recipe)")
     test_size: tuple = option((), "shorter side and limit of the longer side at test time; 0: no resizing")
     workers: int = option(4, "loader processes for each of the two streams; 0: load in the training process")

@@ -22,9 +22,11 @@ from layouts import load_data
 from layouts.cityscapes import is_cityscapes, official_evaluation
 from layouts.images import find_unlabeled, inspect_images
 from layouts.validate import format_bins
+from training.auto import count_in_windows, object_boxes, sample_images
 from training.config import Config
 from training.distributed import Env, print_rank0, rank, rank0_first, world_size
 
+NEAR_OBJECTS = 1 / 3  # of the labeled windows: most may be empty. nnU-Net (Isensee et al., 2021) has the same
 LOADER_TIMEOUT = 300.0  # seconds without a batch after which a loader process counts as stuck
 
 
@@ -48,8 +50,13 @@ class Data:
     def augmentation(self) -> Augmentation:
         cfg = self.cfg
         return Augmentation(
-            cfg.crop, cfg.lsj_scale, cfg.short_sides, color_jitter=cfg.color_jitter, blur=cfg.blur
+            cfg.crop, cfg.lsj_scale, cfg.short_sides, cfg.tile, color_jitter=cfg.color_jitter, blur=cfg.blur
         )
+
+    @property
+    def test_settings(self) -> dict:
+        """Return how images are predicted: keyword arguments of `evaluate.predict_image`."""
+        return {"env": self.env, "test_size": self.cfg.test_size, "tile": self.cfg.tile}
 
     @property
     def hashes(self) -> dict:
@@ -65,7 +72,9 @@ class Data:
         are repeated (data.repeat_factors), unless `uniform`."""
         threshold = 0 if uniform else self.cfg.repeat_threshold
         repeats = repeat_factors(self.train, self.labeled, threshold) if threshold else None
-        views = AugmentedDataset(self.train, self.augmentation)
+        views = AugmentedDataset(
+            self.train, self.augmentation, near_objects=NEAR_OBJECTS if self.cfg.tile else 0
+        )
         return self._batches(views, self.labeled, (phase, "labeled"), first_step, repeats=repeats)
 
     def unlabeled_batches(self, phase: str, first_step: int) -> Iterator[dict]:
@@ -234,12 +243,15 @@ def data_warnings(cfg: Config, data: Data) -> Iterator[str]:
     empty = sum(not image for image in labels)
     if empty > len(labels) / 2:
         yield f"{empty} of {len(labels)} labeled images have no object"
-    most = max(map(len, labels))
+    place, most = "an image", max(map(len, labels))
+    if cfg.tile:
+        boxes = [object_boxes(train, image_id) for image_id in sample_images(train, data.labeled)]
+        place, most = f"a window of {cfg.tile} pixels", max(count_in_windows(boxes, cfg.tile))
     if most > cfg.num_queries:
-        yield f"an image has {most} objects, the model {cfg.num_queries} queries; pass --num-queries {most}"
+        yield f"{place} has {most} objects, the model {cfg.num_queries} queries; pass --num-queries {most}"
     unseen = []  # validation images whose scale at test time does not occur in training
     for H, W in map(val.size, val.image_ids) if val else ():
-        scale = shortest_edge_size(H, W, *cfg.test_size)[0] / H
+        scale = shortest_edge_size(H, W, *cfg.test_size, cfg.tile)[0] / H
         low, high = data.augmentation.scale_range(H, W)
         unseen += [(H, W, scale, low, high)] if not 0.99 * low <= scale <= 1.01 * high else []
     if unseen and len(unseen) > len(val) / 2:

@@ -98,8 +98,7 @@ def choose_settings(cfg: Config, data: Data) -> dict[str, tuple]:
             return {name: (value, why) for name, (value, why) in former["choices"].items()}
     if cfg.preset != "auto" or cfg.settings_from:
         return {}
-    num_unlabeled = len(data.unlabeled.image_ids) - len(data.labeled)
-    facts = measure_facts(data.train, data.labeled, num_unlabeled, data.env.device)
+    facts = measure_facts(data.train, data.labeled, data.env.device)
     return choose_options(facts, {name: getattr(cfg, name) for name in cfg.given})
 
 
