@@ -167,7 +167,7 @@ def test_labels_only_have_no_fine_tuning():
 
 def test_a_refused_call_leaves_the_settings_of_a_run(shapes, tmp_path):
     flags = ["--data", shapes, *FEW_STEPS.split(), "--out", tmp_path / "run"]
-    flags += ["--model-args", '{"hidden_dim": 32, "num_heads": 4}']
+    flags += ["--model-args", SMALL]
     run("burnin.py", *[flag for flag in flags if flag not in ("--finetune-steps", "1")])
     before = (tmp_path / "run/settings.json").read_text()
     refused = run("burnin.py", *flags[:-1], '{"hidden_dim": 64}', "--finetune-steps", "0", code=2)
@@ -220,11 +220,12 @@ def test_settings_that_are_missing_are_an_error_of_one_line(tmp_path):
 
 FEW_STEPS = "--backbone resnet10t --pretrained false --crop 64,64 --batch 2 --num-points 16 --steps 2,2,2"
 FEW_STEPS += " --finetune-steps 1 --device cpu --precision fp32"
+SMALL = '{"hidden_dim": 32, "num_heads": 4, "backbone_args": {"stem_type": "", "channels": [16, 16, 32, 32]}}'
 
 
 def test_a_folder_needs_no_preset_and_keeps_its_settings_when_resumed(shapes, tmp_path):
     flags = ["--data", shapes, *FEW_STEPS.split(), "--out", tmp_path / "run"]
-    flags += ["--model-args", '{"hidden_dim": 32, "num_heads": 4}']
+    flags += ["--model-args", SMALL]
     first = run("distill.py", *flags)
     assert "chosen from the images and the machine" in first.stdout
     assert "--norm group  (for training from scratch)" in first.stdout
@@ -240,7 +241,7 @@ def test_a_folder_needs_no_preset_and_keeps_its_settings_when_resumed(shapes, tm
 def test_steps_that_were_fitted_stay_when_the_command_is_repeated(shapes, tmp_path):
     few = FEW_STEPS.replace(" --steps 2,2,2", "").replace(" --finetune-steps 1", "")
     flags = ["--data", shapes, *few.split(), "--hours", "0.0001", "--out", tmp_path / "run"]
-    flags += ["--model-args", '{"hidden_dim": 32, "num_heads": 4}']
+    flags += ["--model-args", SMALL]
     first = run("burnin.py", *flags)
     assert "(fit 0.0001 hours at" in first.stdout
     again = run("burnin.py", *flags)
@@ -259,7 +260,7 @@ def test_images_without_annotations_join_the_unlabeled_pool(shapes, tmp_path):
     content = json.loads((folder / "instances_train.json").read_text())
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] < 4]
     (folder / "instances_train.json").write_text(json.dumps(content))
-    flags = ["--data", folder, *FEW_STEPS.split()]
+    flags = ["--data", folder, *FEW_STEPS.split(), "--model-args", SMALL]
     done = run("distill.py", *flags, "--out", tmp_path / "run")
     assert "12 training images, 4 of them labeled" in done.stdout
     assert "8 images without annotations are unlabeled" in done.stdout

@@ -132,7 +132,9 @@ def test_every_command_runs(place):
         elif program in ("distill.py", "burnin.py"):
             shorter = [*SHORTER]
             own_data = "my_dataset" in command  # Preset auto would download a backbone.
-            shorter += ["--backbone", "resnet10t", "--pretrained", "false"] if own_data else []
+            if own_data:
+                shorter += ["--backbone", "resnet10t", "--pretrained", "false"]
+                shorter += ["--backbone-args", '{"stem_type": "", "channels": [16, 16, 32, 32]}']
             shorter += ["--finetune-steps", "2"] if "--finetune-steps" in flags else []
             assert "done" in run(program, *flags, *shorter, cwd=place).stdout, command
         else:

@@ -834,7 +834,6 @@ def test_four_images_are_overfitted_to_an_ap_above_90(tmp_path):
     dataset = CocoDataset(tmp_path / "four/instances_train.json", tmp_path / "four/images")
     preset = PRESETS["shapes"]
     torch.manual_seed(0)
-    torch.set_num_threads(2)
     args = {name: preset[name] for name in ("backbone", "norm", "num_queries")}
     model = Mask2Former(4, **args, **preset["model_args"])
     criterion = SetCriterion(4, num_points=256)
