@@ -20,6 +20,8 @@ from PIL import Image
 from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
+from training.distributed import rank
+
 OVERLAP = 0.25  # of two neighboring windows, relative to their side
 MIN_IOU = 0.5  # of two pieces of an object, in the pixels that their windows share
 MIN_INSIDE = 0.8  # share of a cut piece within an instance of another window, for the piece to be dropped
@@ -55,7 +57,8 @@ def predict_tiles(predict, image: Image.Image, side: int) -> dict:
     tops, lefts = window_starts(H, side), window_starts(W, side)
     windows = [(x, y, min(x + side, W), min(y + side, H)) for y in tops for x in lefts]
     pieces, members = [], []  # members: the indices of the pieces of each window
-    for box in tqdm(windows, desc="windows", leave=False, disable=None):
+    many = len(windows) > 50 and rank() == 0
+    for box in tqdm(windows, desc="windows", leave=False, disable=None if many else True):
         result = predict(image.crop(box))
         first = len(pieces)
         for score, label, rle in zip(result["scores"].tolist(), result["labels"].tolist(), result["rles"]):
