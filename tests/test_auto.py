@@ -106,6 +106,7 @@ def test_objects_of_windows_are_counted_pixel_by_pixel(side):
         shown = [a < left + side and a + c > left and b < top + side and b + d > top for a, b, c, d in boxes]
         expected.append(sum(shown))
     assert count_in_windows([boxes[:0], boxes], side) == expected
+    assert count_in_windows([np.repeat(boxes, 200, 0)], 1000.0) == [4000] * 1000
 
 
 @pytest.mark.parametrize("processes", [1, 3, 8])

@@ -111,12 +111,12 @@ def object_boxes(train: CocoDataset, image_id) -> np.ndarray:
 
 
 def count_in_windows(boxes: Iterable[np.ndarray], side: float) -> list[int]:
-    """Count the objects that a window of side x side pixels shows, for a window around each object. boxes: of
-    the objects of each image, as `object_boxes` returns them."""
+    """Count the objects that a window of side x side pixels shows, for windows around the objects of each
+    image (around every k-th, so that there are less than 2,000). boxes: `object_boxes` of each image."""
     counts = []
     for image_boxes in boxes:
         start, size = image_boxes[:, :2], image_boxes[:, 2:]
-        center = start + size / 2
+        center = (start + size / 2)[:: max(1, len(size) // 1000)]
         left, right = center - side / 2, center + side / 2
         shown = (start[None] < right[:, None]) & ((start + size)[None] > left[:, None])  # window, object, 2
         counts += shown.all(2).sum(1).tolist()
