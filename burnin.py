@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from data import DataError
 from evaluate import ap_line, compare_predictions, evaluate
 from matcher import SetCriterion
-from model import resize
 from training.checkpoint import Checkpointer, completed_phases, load_model, load_teacher_checkpoint
 from training.cli import expected_errors, parse_config
 from training.config import Config
@@ -38,6 +37,7 @@ from training.metrics import Metrics
 from training.micro_batches import split_outputs
 from training.optimization import GuardedStep, build_optimizer, seed_step, set_lr
 from training.pseudo_label_quality import format_quality, measure_pseudo_labels
+from training.robust import clean_pseudo_labels, mix_views
 from training.run_data import Data
 from training.setup import build_model, describe, print_setup, set_up
 from training.visualize import make_grid
@@ -67,38 +67,6 @@ def pseudo_labels(outputs: dict, score_threshold: float = 0.7, min_area: int = 5
     queries = [kept.nonzero()[:, 0].to(masks.device, non_blocking=True) for kept in keep.cpu()]
     values = {"labels": labels, "masks": masks, "scores": scores, "mask_logits": mask_logits}
     return [{name: value[b, q] for name, value in values.items()} for b, q in enumerate(queries)]
-
-
-def mask_nms(targets: list[dict], iou_threshold: float) -> list[dict]:
-    """Remove pseudo-labels whose mask has an IoU above iou_threshold with one of a higher score, of any
-    class. Not in the paper; after Fast NMS (YOLACT, Bolya et al., ICCV 2019, arXiv 1904.02689, section
-    3.3)."""
-    kept = []
-    for target in targets:
-        flat, scores = target["masks"].flatten(1).float(), target["scores"]
-        intersection, area = flat @ flat.T, flat.sum(1)
-        union = area[:, None] + area - intersection  # (N, N)
-        rank = scores.argsort(descending=True, stable=True).argsort()  # unique, also for equal scores
-        suppressed = (rank < rank[:, None]) & (intersection > iou_threshold * union)
-        keep = ~suppressed.any(1)
-        kept.append({name: value[keep] for name, value in target.items()})
-    return kept
-
-
-def full_res_masks(targets: list[dict]) -> list[dict]:
-    """Threshold the masks of pseudo-labels after upsampling their logits to full resolution (N, H, W),
-    which is finer for objects of few pixels. Not in the paper; after PL-DC (Lin et al., 2025, arXiv
-    2505.11075)."""
-    size = [4 * side for side in targets[0]["mask_logits"].shape[1:]]
-    upsampled = [resize(target["mask_logits"].float()[:, None], size)[:, 0] for target in targets]
-    return [{**target, "masks": logits > 0} for target, logits in zip(targets, upsampled)]
-
-
-def clean_pseudo_labels(targets: list[dict], cfg: Config) -> list[dict]:
-    """Apply the options beyond the paper to pseudo-labels. All of them are off by default."""
-    if cfg.mask_nms_iou < 1:
-        targets = mask_nms(targets, cfg.mask_nms_iou)
-    return full_res_masks(targets) if cfg.full_res_masks else targets
 
 
 # ---------------------------------------------------------------------------------------------- the phases
@@ -173,12 +141,14 @@ def guided_burn_in(cfg: Config, env: Env, data: Data, criterion: SetCriterion) -
         pseudo = pseudo_labels(teacher_outputs, cfg.score_threshold, cfg.min_area)
         pseudo = clean_pseudo_labels(pseudo, cfg)  # not in the paper, off by default
 
+        strong, targets = mix_views(u["strong"], pseudo, cfg)  # unchanged by default
+
         # The student sees the strong view of the same crop. DDP wants one forward pass per backward pass.
         with autocast(env):
-            outputs = ddp_student(torch.cat([x["image"], u["strong"]]))
+            outputs = ddp_student(torch.cat([x["image"], strong]))
         outputs_x, outputs_u = split_outputs(outputs, len(x["image"]))
         losses_x = criterion(outputs_x, x["targets"], num_objects(x["targets"], env))
-        losses_u = criterion(outputs_u, pseudo, num_objects(pseudo, env))
+        losses_u = criterion(outputs_u, targets, num_objects(targets, env))
         loss = sum(losses_x.values()) + cfg.unsupervised_weight * sum(losses_u.values())
 
         optimizer.zero_grad(set_to_none=True)
@@ -325,7 +295,8 @@ def run_burn_in(cfg: Config, env: Env, data: Data, criterion: SetCriterion, comp
 def main(argv=None) -> None:
     with expected_errors():
         cfg = parse_config(argv, __doc__)
-        if cfg.student_checkpoint or (cfg.finetune_steps and not cfg.settings_from):
+        finetunes = cfg.finetune_steps and "finetune_steps" in cfg.given and not cfg.settings_from
+        if cfg.student_checkpoint or finetunes:
             raise ValueError("--student-checkpoint and --finetune-steps belong to phase 3; run distill.py")
         env, data, criterion = set_up(cfg)
         completed = completed_phases(cfg, env, data.hashes)

@@ -541,17 +541,44 @@ class CropTransform:
         return part[:, ::-1] if self.flip else part, 0, 0
 
 
-def strong_view(image: Image.Image, rng: np.random.Generator, blur=(0.1, 2.0)) -> Image.Image:
-    """Change the colors of an image, make it gray, blur it, each with its own probability.
+def strong_view(
+    image: Image.Image, rng: np.random.Generator, blur=(0.1, 2.0), changes=("color",)
+) -> Image.Image:
+    """Change an image at random without moving a pixel, so that the masks of the weak view fit.
 
-    Nothing moves a pixel, so the masks of the weak view fit the strong view. The augmentation is SimCLR's
-    (arXiv 2002.05709, appendix A) with the strengths of Guided Distillation."""
-    if rng.random() < 0.8:
-        image = color_jitter(image, rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
-    if rng.random() < 0.2:
-        image = image.convert("L").convert("RGB")
-    if rng.random() < 0.5:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*blur)))
+    changes: "color" is the paper's: colors, gray and blur as in SimCLR (arXiv 2002.05709, appendix A), with
+    the strengths of Guided Distillation. "noise" and "erase" also change gray images."""
+    if "color" in changes:
+        if rng.random() < 0.8:
+            image = color_jitter(image, rng, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+        if rng.random() < 0.2:
+            image = image.convert("L").convert("RGB")
+        if rng.random() < 0.5:
+            image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*blur)))
+    if "noise" in changes and rng.random() < 0.5:
+        image = gamma_and_noise(image, rng)
+    if "erase" in changes and rng.random() < 0.5:
+        image = erase(image, rng)
+    return image
+
+
+def gamma_and_noise(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Raise the pixels, in [0, 1], to a power within a factor of 2, and add Gaussian noise."""
+    pixels = np.asarray(image, dtype=np.float32) / 255
+    pixels = pixels ** (2 ** rng.uniform(-1, 1))
+    pixels += rng.uniform(0, 0.1) * rng.standard_normal(pixels.shape, dtype=np.float32)
+    return Image.fromarray(np.uint8(255 * pixels.clip(0, 1) + 0.5))
+
+
+def erase(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Cover up to three rectangles, of 2 to 10 % of the image each, with gray (Random Erasing, Zhong et al.,
+    AAAI 2020, arXiv 1708.04896). Masks stay as they are."""
+    image = image.copy()
+    for _ in range(rng.integers(1, 4)):
+        area, aspect = rng.uniform(0.02, 0.1), 2 ** rng.uniform(-1, 1)
+        sides = np.sqrt([area * aspect, area / aspect]) * image.size  # width, height
+        left, top = rng.uniform(0, 1, 2) * (image.size - sides)
+        image.paste((PAD_VALUE,) * 3, np.int64([left, top, left + sides[0], top + sides[1]]).tolist())
     return image
 
 
@@ -575,7 +602,8 @@ class AugmentedDataset(Dataset):
     """Training views of a dataset. The item of the key (image_id, seed) is a dictionary:
 
     - "image": (3, H, W) uint8, the weak view, and "file", the path of the image;
-    - with `strong` also "strong": (3, H, W) uint8, the strong view of the same crop;
+    - with `strong` (True, or the changes of `strong_view`) also "strong": (3, H, W) uint8, the strong view of
+      the same crop;
     - with `labels` also "labels": (N,) int64 and "masks": (N, H, W) bool, of the objects that the crop
       shows.
 
@@ -586,7 +614,8 @@ class AugmentedDataset(Dataset):
         strong=False, near_objects=0.0,
     ):  # fmt: skip
         self.dataset, self.augmentation = dataset, augmentation
-        self.with_labels, self.with_strong, self.near_objects = labels, strong, near_objects
+        self.with_labels, self.near_objects = labels, near_objects
+        self.strong = ("color",) if strong is True else strong
 
     def __getitem__(self, key) -> dict:
         image_id, seed = key
@@ -605,9 +634,9 @@ class AugmentedDataset(Dataset):
             # SSD's 32 and 18 are for OpenCV's 8 bits, where brightness ends at 255 and hue at 180.
             region = color_jitter(region, rng, 32 / 255, 0.5, 0.5, 18 / 180, probability=0.5)
         item = {"image": to_tensor(transform.paste(region, box)), "file": str(self.dataset.path(image_id))}
-        if self.with_strong:
+        if self.strong:
             blur = [scale * sigma for sigma in self.augmentation.blur]
-            item["strong"] = to_tensor(transform.paste(strong_view(region, rng, blur), box))
+            item["strong"] = to_tensor(transform.paste(strong_view(region, rng, blur, self.strong), box))
         if self.with_labels:
             objects = zip(self.dataset.labels(image_id), self.dataset.objects(image_id))
             parts = [(label, *transform.crop_mask(o["segmentation"], H, W)) for label, o in objects]

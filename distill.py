@@ -23,7 +23,6 @@ import torch
 from torch import nn
 
 from burnin import (
-    clean_pseudo_labels,
     evaluate_if_due,
     finish_phase,
     log_guided_step,
@@ -49,6 +48,7 @@ from training.distributed import Env, autocast, num_objects, print_rank0, rank, 
 from training.metrics import Metrics
 from training.micro_batches import split_outputs
 from training.optimization import GuardedStep, build_optimizer, load_moments, seed_step, set_lr
+from training.robust import clean_pseudo_labels, mix_views
 from training.run_data import Data
 from training.setup import describe, model_arguments, print_setup, set_up
 
@@ -94,12 +94,14 @@ def distill(cfg: Config, env: Env, data: Data, criterion: SetCriterion) -> None:
         pseudo = pseudo_labels(teacher_outputs, cfg.score_threshold, cfg.min_area)
         pseudo = clean_pseudo_labels(pseudo, cfg)  # not in the paper, off by default
 
+        strong, targets = mix_views(u["strong"], pseudo, cfg)  # unchanged by default
+
         # The student sees the strong view of the same crop. DDP wants one forward pass per backward pass.
         with autocast(env):
-            outputs = ddp_student(torch.cat([x["image"], u["strong"]]))
+            outputs = ddp_student(torch.cat([x["image"], strong]))
         outputs_x, outputs_u = split_outputs(outputs, len(x["image"]))
         losses_x = criterion(outputs_x, x["targets"], num_objects(x["targets"], env))
-        losses_u = criterion(outputs_u, pseudo, num_objects(pseudo, env))
+        losses_u = criterion(outputs_u, targets, num_objects(targets, env))
         loss = sum(losses_x.values()) + cfg.unsupervised_weight * sum(losses_u.values())
 
         optimizer.zero_grad(set_to_none=True)

@@ -50,11 +50,16 @@ def upgrade_config(config: dict) -> dict:
         short_side, long_side = config.pop("test_short_side"), config.pop("test_long_side")
         config["test_size"] = (short_side, long_side) if short_side else (0, 0)
     config = {CONFIG_RENAMES.get(key, key): value for key, value in config.items()}
-    return move_data_args({**config, "model_args": model_args})
+    return current_options({**config, "model_args": model_args})
 
 
-def move_data_args(config: dict) -> dict:
-    """Move the options that say how the data are read into config["data_args"], where they are today."""
+def current_options(config: dict) -> dict:
+    """Convert the options of an earlier version: those that say how the data are read are in
+    config["data_args"], and strong_view is the changes of the view."""
     given = {key: config[key] for key in DATA_ARGS if config.get(key)}
     config = {key: value for key, value in config.items() if key not in DATA_ARGS}
+    if "strong_view" in config:
+        strong_view = config["strong_view"]
+        config["strong_view"] = {True: "color", False: ""}.get(strong_view, strong_view)
+    config.pop("scale_to_batch", None)
     return {**config, "data_args": {**given, **(config.get("data_args") or {})}}

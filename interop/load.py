@@ -19,7 +19,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from interop.legacy import move_data_args, upgrade_checkpoint
+from interop.legacy import current_options, upgrade_checkpoint
 from interop.names import convert_state_dict
 from model import Mask2Former
 
@@ -40,7 +40,7 @@ def load_any_checkpoint(path) -> dict:
     if content.get("format") == 1:
         content = upgrade_checkpoint(content)
     if content.get("format") == 2 and "model" in content and "model_args" in content:
-        return {**content, "config": move_data_args(content.get("config") or {})}
+        return {**content, "config": current_options(content.get("config") or {})}
     try:
         state_dict, entry = find_state_dict(content)
         models = _split_models(state_dict)

@@ -24,7 +24,7 @@ from training.auto import (
     measure_facts,
 )
 from training.cli import parse_config
-from training.config import Config, read_settings, write_settings
+from training.config import RECIPES, Config, read_settings, write_settings
 from training.metrics import expected_seconds
 
 PHOTOS = Facts(
@@ -34,8 +34,8 @@ PHOTOS = Facts(
 ON_GPU = dataclasses.replace(PHOTOS, gpu_memory=80.0, num_cores=16)
 
 
-def values(facts, **given):
-    return {name: value for name, (value, _) in choose_options(facts, given).items()}
+def values(facts, recipe="robust", **given):
+    return {name: value for name, (value, _) in choose_options(facts, given, recipe).items()}
 
 
 def test_every_choice_is_an_option_and_has_a_reason():
@@ -86,7 +86,6 @@ def test_large_objects_are_not_cut_into_windows():
     chosen = values(dataclasses.replace(NUCLEI, large_object_side=0.5))
     assert (chosen["tile"], chosen["crop"]) == (0, (256, 256)) and chosen["lsj_scale"] == (0.7, 1.3)
     assert (chosen["batch"], chosen["num_points"], chosen["num_queries"]) == (4, 2621, 80)
-    assert not values(dataclasses.replace(PHOTOS, object_side=0.6))["full_res_masks"]
     assert (values(PHOTOS)["batch"], values(PHOTOS)["num_points"]) == (8, 1024)
 
 
@@ -150,6 +149,31 @@ def test_hours_that_auto_chose_are_a_limit_only():
     assert fit_steps(cfg, seconds=100.0)["steps"] == (4, 4, 9)
 
 
+def test_auto_takes_the_options_of_a_recipe():
+    robust, paper = values(PHOTOS), values(PHOTOS, recipe="paper")
+    for name, value in RECIPES["robust"].items():
+        assert robust[name] == value
+    for name, value in RECIPES["paper"].items():
+        assert paper[name] == value
+    assert robust["finetune_steps"] == robust["steps"][2] // 3 and paper["finetune_steps"] == 0
+    assert values(PHOTOS, mask_nms_iou=0.7).get("mask_nms_iou") is None
+
+
+def test_a_recipe_is_a_set_of_plain_options():
+    for name, value in vars(parse_config(["--data", "coco", "--recipe", "paper"])).items():
+        assert value == getattr(Config(preset="coco", data="coco"), name) or name in ("given", "recipe")
+    robust = parse_config(["--recipe", "robust", "--steps", "30,30,60", "--mask-nms-iou", "0.7"])
+    assert (robust.mask_nms_iou, robust.finetune_steps) == (0.7, 20)
+    assert robust.strong_view == RECIPES["robust"]["strong_view"]
+    assert parse_config(["--recipe", "robust", "--supervised-only"]).finetune_steps == 0
+    assert parse_config(["--data", "my_dataset", "--recipe", "paper"]).recipe == "paper"
+
+
+@pytest.mark.parametrize("given, expected", [("true", "color"), ("false", ""), ("turn,noise", "turn,noise")])
+def test_the_strong_view_is_a_list_of_changes(given, expected):
+    assert parse_config(["--strong-view", given]).strong_view == expected
+
+
 def test_steps_that_are_given_have_no_limit():
     assert "hours" in values(PHOTOS) and "hours" not in values(PHOTOS, steps=(100, 100, 200))
 
@@ -179,6 +203,7 @@ def test_a_refused_call_leaves_the_settings_of_a_run(shapes, tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
+        ("--strong-view x", "must be of color, noise, erase, turn, cutmix, or false, found 'x'"),
         ("--hours 1 --steps 5", "--hours fits --steps to a time; drop one"),
         ("""--data-args '{"foo": 1}'""", "--data-args: unknown name 'foo'"),
         ("""--data-args '{"val_ratio": "x"}'""", "--data-args: val_ratio must be float, found 'x'"),

@@ -252,6 +252,26 @@ def test_both_views_show_an_object_where_its_mask_is(make_dataset, color):
     assert seen > 40 and changed > 30
 
 
+@pytest.mark.parametrize("change", ["noise", "erase"])
+def test_a_strong_view_changes_gray_images_too(make_dataset, change):
+    """Colors do not. Gamma and noise keep an object where its mask is; what is erased is gray."""
+    pixels, mask = blob_image()
+    dataset = make_dataset({1: pixels}, [{"image_id": 1, "category_id": 2, "segmentation": compressed(mask)}])
+    augmentation = Augmentation((64, 64), lsj_scale=(1.0, 1.2))
+    views = AugmentedDataset(dataset, augmentation, strong=[change])
+    changed = 0
+    for seed in range(60):
+        item = views[1, seed]
+        different = (item["image"] != item["strong"]).any(0)
+        changed += different.any().item()
+        if change == "erase":
+            assert (item["strong"][:, different] == data.PAD_VALUE).all() and different.float().mean() < 0.4
+        elif len(item["masks"]):
+            assert agree(item["strong"].float().mean(0) > 127, item["masks"][0], 1), seed
+        assert same(views[1, seed], item), "the same seed gives the same view"
+    assert 20 < changed < 45, "about half of the images"
+
+
 def test_a_view_is_a_function_of_the_image_and_the_seed(shapes):
     train = CocoDataset(shapes / "instances_train.json", shapes / "images")
     views = AugmentedDataset(train, Augmentation((64, 64), color_jitter=True), strong=True)

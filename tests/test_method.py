@@ -12,12 +12,22 @@ from torch.utils._pytree import tree_leaves
 
 import burnin
 import distill
-from burnin import clean_pseudo_labels, full_res_masks, mask_nms, pseudo_labels
+from burnin import pseudo_labels
 from distill import ema_update
 from matcher import SetCriterion
 from training.config import Config
 from training.distributed import Env, num_objects
 from training.micro_batches import MicroBatched, concat_outputs, split_outputs
+from training.robust import (
+    clean_pseudo_labels,
+    cutmix,
+    full_res_masks,
+    large_masks,
+    mask_nms,
+    mix_views,
+    sure_masks,
+    turn,
+)
 
 K = 3
 ENV = Env(torch.device("cpu"))
@@ -131,6 +141,94 @@ def test_full_resolution_masks_are_closer_to_a_small_object():
     assert iou(fine["masks"]) > 0.93 > 0.87 > iou(coarse)
     outputs = {"pred_logits": logits[:1], "pred_masks": low}
     assert sum(SetCriterion(K, num_points=32)(outputs, [fine]).values()).isfinite()
+
+
+def test_sure_masks_have_a_high_mean_probability_inside():
+    logits = torch.tensor([[4.0, 4.0, -9.0, -9.0], [4.0, 0.1, -9.0, -9.0], [-9.0, -9.0, -9.0, -9.0]])
+    target = {"labels": torch.tensor([0, 1, 2]), "mask_logits": logits.view(3, 2, 2)}
+    quality = [float(torch.tensor(x).sigmoid().mean()) for x in ([4.0, 4.0], [4.0, 0.1])]
+    assert quality[0] > 0.95 > quality[1] > 0.7
+    assert [len(sure_masks([target], q)[0]["labels"]) for q in (0.0, 0.7, 0.95, 0.999)] == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_a_share_of_the_crop_is_the_same_at_every_size(size):
+    """Objects of a quarter and of a sixteenth of the crop."""
+    masks = torch.zeros(2, size, size, dtype=torch.bool)
+    masks[0, : size // 2, : size // 2] = True
+    masks[1, : size // 4, : size // 4] = True
+    target = {"labels": torch.tensor([5, 6]), "masks": masks}
+    assert [large_masks([target], s)[0]["labels"].tolist() for s in (0.01, 0.1, 0.25)] == [[5, 6], [5], []]
+    assert clean_pseudo_labels([target], Config(min_area=0.1))[0]["labels"].tolist() == [5]
+    nothing = {"labels": torch.zeros(0), "masks": masks[:0]}
+    assert len(large_masks([nothing], 0.1)[0]["masks"]) == 0
+
+
+def mixing_batch(stride, B=3, H=64, W=96):
+    """Return images whose channels are the image number, row and column, and two masks per image, one of them
+    a rectangle and the other the rest. Labels are unique in the batch."""
+    y, x = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    images = torch.stack([torch.stack([torch.full_like(y, b), y, x]) for b in range(B)]).to(torch.uint8)
+    targets = []
+    for b in range(B):
+        mask = torch.zeros(H // stride, W // stride, dtype=torch.bool)
+        mask[2:9, 3 + b : 12] = True
+        targets.append({"labels": torch.tensor([2 * b, 2 * b + 1]), "masks": torch.stack([mask, ~mask])})
+    return images, targets
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_cutmix_moves_pixels_and_masks_together(stride):
+    """The first channel tells which image a pixel is from, and so which of the masks it must be in."""
+    torch.manual_seed(0)
+    images, targets = mixing_batch(stride)
+    before = images.clone()
+    pasted = 0
+    for _ in range(20):
+        mixed, results = cutmix(images, targets)
+        assert torch.equal(images, before), "the views are not changed in place"
+        for b, (image, result) in enumerate(zip(mixed, results)):
+            assert torch.equal(image[1:], before[b, 1:]), "pixels keep their place"
+            sources = image[0, ::stride, ::stride]
+            assert set(sources.unique().tolist()) <= {b, (b + 1) % 3}, "nothing else leaks into an image"
+            assert result["masks"].sum(0).eq(1).all(), "every pixel has one owner, as before"
+            for label, mask in zip(result["labels"].tolist(), result["masks"]):
+                original = targets[label // 2]["masks"][label % 2]
+                assert torch.equal(mask, original & (sources == label // 2)) and mask.any()
+            pasted += (sources != b).any().item()
+    assert 15 < pasted < 45, "about half of the images"
+
+
+def test_cutmix_of_a_single_image_and_of_nothing_changes_nothing():
+    images, targets = mixing_batch(4, B=1)
+    mixed, [result] = cutmix(images, targets, probability=1.0)
+    assert torch.equal(mixed, images)
+    nothing = [{"labels": t["labels"][:0], "masks": t["masks"][:0]} for t in targets]
+    assert len(cutmix(images, nothing, probability=1.0)[1][0]["labels"]) == 0
+
+
+@pytest.mark.parametrize("H, W", [(64, 64), (64, 96)])
+def test_masks_turn_with_their_images(H, W):
+    torch.manual_seed(0)
+    images, targets = mixing_batch(1, B=8, H=H, W=W)
+    for target, image in zip(targets, images):
+        target["masks"] = image[1:2] > 20  # the rows below 20
+    turned, results = turn(images, targets)
+    for image, result in zip(turned, results):
+        assert torch.equal(result["masks"], image[1:2] > 20)
+    different = sum(not torch.equal(a, b) for a, b in zip(turned, images))
+    assert 0 < different < 8 and turned.shape == images.shape
+
+
+def test_mixing_is_off_by_default_and_follows_the_seed():
+    images, targets = mixing_batch(4)
+    unchanged = mix_views(images, targets, Config())
+    assert unchanged[0] is images and unchanged[1] is targets
+    torch.manual_seed(3)
+    first = mix_views(images, targets, Config(strong_view="turn,cutmix"))
+    torch.manual_seed(3)
+    assert same(first, mix_views(images, targets, Config(strong_view="turn,cutmix")))
+    assert not torch.equal(first[0], images)
 
 
 def test_equal_masks_with_equal_scores_leave_one_pseudo_label():

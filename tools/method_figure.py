@@ -47,7 +47,7 @@ def draw_rows(run: Path, image_ids: list[int] | None = None) -> Iterator[list[Im
     held_out = sorted(set(data.train.image_ids) - set(data.labeled))
     if wrong := set(image_ids or ()) - set(held_out):
         raise ValueError(f"cannot draw image {min(wrong)}: it is no unlabeled training image of this run")
-    views = AugmentedDataset(data.train, data.augmentation, labels=False, strong=cfg.strong_view)
+    views = AugmentedDataset(data.train, data.augmentation, labels=False, strong=cfg.strong_view.split(","))
     for image_id in image_ids or held_out[:3]:
         view = views[image_id, stable_seed(cfg.seed, "figure", image_id)]
         weak, strong = view["image"], view.get("strong", view["image"])

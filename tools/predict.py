@@ -29,7 +29,7 @@ from PIL import Image
 from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
-from burnin import mask_nms, pseudo_labels
+from burnin import pseudo_labels
 from data import (
     CocoDataset,
     DataError,
@@ -57,6 +57,7 @@ from training.checkpoint import check_classes, load_model
 from training.cli import Parser, add_data_flags, data_args, expected_errors
 from training.config import Config
 from training.distributed import Env, autocast, warn_once, world_size
+from training.robust import mask_nms
 from training.run_data import Data, read_data
 from training.tiles import predict_tiles
 from training.visualize import draw_predictions

@@ -18,7 +18,7 @@ import torch
 from pycocotools import mask as rle_tools
 
 from data import CocoDataset, encode_rle, stable_seed
-from training.config import Config
+from training.config import Config, recipe_options
 from training.distributed import Env, all_reduce_mean, autocast, num_objects, to_device, world_size
 
 MAX_IMAGES = 500  # whose objects are measured
@@ -141,7 +141,7 @@ def choose_side(facts: Facts, crops: Crops) -> int:
     return max(64, 32 * math.ceil(side / 32))
 
 
-def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
+def choose_options(facts: Facts, given: dict, recipe: str = "robust") -> dict[str, tuple]:
     """Choose the options that are not given. Returns {name: (value, reason)} in the order of the banner."""
     choices = {}
 
@@ -181,8 +181,6 @@ def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
     shown = "a window" if tile else "an image"
     choose("lsj_scale", jitter, f"around the scale at which {shown} fits the crop")
     choose("test_size", (fit, fit), "the scale of the crops")
-    pixels = object_side * long_side / fits * fit
-    choose("full_res_masks", pixels < 48, f"the median object is {pixels:.0f} pixels wide in a crop")
 
     (most, maximum), place = facts.num_objects, "images"
     if tile:
@@ -222,8 +220,11 @@ def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
         reason = "enough for a small model"
     steps = choose("steps", steps, reason)
     steps = steps * 3 if len(steps) == 1 else steps
-    if not given.get("supervised_only"):
-        choose("finetune_steps", max(1, steps[2] // 3), "a third of the last phase, on labels alone")
+    options = recipe_options(recipe, steps)
+    if given.get("supervised_only"):
+        del options["finetune_steps"]
+    for name, value in options.items():
+        choose(name, value, f"recipe {recipe}")
     if not on_gpu:
         choose("precision", "fp32", "bf16 does not speed up a model this small")
         if "steps" not in given:
@@ -238,7 +239,6 @@ def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
     choose("ema_decay", ema_decay(steps[2]), "averages over half of the last phase at most")
     threshold = 0.7 if pretrained else 0.9
     choose("score_threshold", threshold, "the paper's" if pretrained else "for training from scratch")
-    choose("mask_nms_iou", 0.5, "no object twice among pseudo-labels")
     choose("save_every", 1000 if on_gpu else 100, "some minutes")
     return choices
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from interop.legacy import move_data_args, upgrade_checkpoint
+from interop.legacy import current_options, upgrade_checkpoint
 from interop.load import check_archive, load_any_checkpoint
 from model import Mask2Former
 from training import signals
@@ -55,13 +55,13 @@ PHASES = ("teacher", "burnin", "distill", "finetune", "supervised")
 KEEP = 2  # checkpoints of a running phase: the newest may be damaged
 # Options that may change when a run is resumed. The supervised baseline shares the folder of a run, and
 # --scale-to-batch shows in lr, steps and ema_decay.
-MAY_CHANGE_ON_RESUME = {"out", "preset", "workers", "device", "supervised_only", "scale_to_batch"}
+MAY_CHANGE_ON_RESUME = {"out", "preset", "workers", "device", "supervised_only"}
 MAY_CHANGE_ON_RESUME |= {"hours", "grad_accum_steps", "log_every", "save_every", "eval_every", "tensorboard"}
 
 
 # Options that a phase does not use, so that they may change after it.
 GUIDED = {"unlabeled", "score_threshold", "min_area", "unsupervised_weight", "strong_view", "blur"}
-GUIDED |= {"repeat_threshold", "mask_nms_iou", "full_res_masks", "teacher_checkpoint"}
+GUIDED |= {"repeat_threshold", "mask_nms_iou", "full_res_masks", "mask_quality", "teacher_checkpoint"}
 UNUSED = {"finetune": MAY_CHANGE_ON_RESUME}
 UNUSED["distill"] = UNUSED["finetune"] | {"finetune_steps"}
 UNUSED["burnin"] = UNUSED["distill"] | {"ema_decay", "student_checkpoint"}
@@ -109,7 +109,7 @@ def load_checkpoint(path) -> dict:
     missing = [name for name in REQUIRED_KEYS if name not in checkpoint]
     if missing:
         raise ValueError(f"{path} is incomplete: it has no {missing[0]!r}")
-    return {**checkpoint, "config": move_data_args(checkpoint["config"])}
+    return {**checkpoint, "config": current_options(checkpoint["config"])}
 
 
 def load_model(checkpoint: dict, device, which: str = "model") -> Mask2Former:

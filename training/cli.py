@@ -12,7 +12,14 @@ import sys
 from typing import NoReturn
 
 from interop.legacy import CONFIG_RENAMES, MODEL_ARGS
-from training.config import PRESETS, Config, read_settings, rescale_for_batch_size
+from training.config import (
+    PRESETS,
+    RECIPES,
+    Config,
+    read_settings,
+    recipe_options,
+    rescale_for_batch_size,
+)
 
 ALIASES = CONFIG_RENAMES  # former spellings of flags stay valid, but --help does not show them
 TEST_SIZE = ("test_short_side", "test_long_side")  # former spellings of the two numbers of --test-size
@@ -106,20 +113,32 @@ def parse_config(argv=None, description=None) -> Config:
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
         group.add_argument(
-            option_flag(name), metavar=METAVARS[field.type], help=text, **_argument_type(field)
+            option_flag(name), metavar=METAVARS[field.type], help=text, **_argument_type(field.type)
         )
         if name == "data":
             add_data_flags(group)
     group.add_argument(
         "--settings-from", metavar="RUN", help="take all settings but the data's from this run"
     )
+    group.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="the paper's, or robust: what goes beyond the paper [robust for auto, else paper]",
+    )
+    group.add_argument(
+        "--scale-to-batch", **_argument_type(bool), metavar=METAVARS[bool],
+        help="rescale the preset's lr, steps and EMA decay to --batch",
+    )  # fmt: skip
     for old, new in ALIASES.items():
-        parser.add_argument(option_flag(old), dest=new, help=argparse.SUPPRESS, **_argument_type(fields[new]))
+        parser.add_argument(
+            option_flag(old), dest=new, help=argparse.SUPPRESS, **_argument_type(fields[new].type)
+        )
     for name in (*MODEL_ARGS, *TEST_SIZE):  # --hidden-dim 64 is --model-args '{"hidden_dim": 64}'
         parser.add_argument(option_flag(name), type=int, help=argparse.SUPPRESS)
     parser.add_argument("--backbone-args", type=_json, help=argparse.SUPPRESS)
     flags = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     flags.pop("settings_from", None)
+    scale_to_batch, recipe = flags.pop("scale_to_batch", False), flags.pop("recipe", "")
     if {"hours", "steps"} <= flags.keys() and flags["hours"]:
         exit_with_error("--hours fits --steps to a time; drop one")
     owns_images = data not in PRESETS or "unlabeled" in flags
@@ -129,7 +148,7 @@ def parse_config(argv=None, description=None) -> Config:
         former.pop("finetune_steps", None)
 
     values = dict(preset)
-    if flags.get("scale_to_batch") and "batch" in flags:
+    if scale_to_batch and "batch" in flags:
         values |= rescale_for_batch_size(Config(**preset), flags["batch"])
     model_args = dict(preset.get("model_args") or {})
     if flags.get("backbone") not in (None, preset.get("backbone", fields["backbone"].default)):
@@ -144,9 +163,16 @@ def parse_config(argv=None, description=None) -> Config:
     if given != [None, None]:
         before = flags.get("test_size") or preset.get("test_size") or (None, None)
         flags["test_size"] = tuple(b if side is None else side for b, side in zip(before, given))
+    if recipe and (former or preset_name != "auto"):  # auto chooses these options with the others
+        steps = flags.get("steps") or values.get("steps") or fields["steps"].default
+        options = recipe_options(recipe, steps)
+        if flags.get("supervised_only"):
+            del options["finetune_steps"]
+        values |= options
     dictionaries = {"model_args": model_args, "data_args": reading}
     cfg = Config(**{**values, **flags, **dictionaries, "preset": preset_name})
-    cfg.settings_from = chosen.settings_from or ""
+    cfg.settings_from, cfg.scale_to_batch = chosen.settings_from or "", scale_to_batch
+    cfg.recipe = recipe
     cfg.given = frozenset(flags) | frozenset(former) | {name for name in dictionaries if dictionaries[name]}
     return cfg
 
@@ -182,9 +208,9 @@ def option_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _argument_type(field: dataclasses.Field) -> dict:
-    kind = {tuple: parse_numbers, bool: _boolean, dict: _json, list: str}.get(field.type, field.type)
-    return {"type": kind, **{bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(field.type, {})}
+def _argument_type(kind: type) -> dict:
+    parse = {tuple: parse_numbers, bool: _boolean, dict: _json, list: str}.get(kind, kind)
+    return {"type": parse, **{bool: {"nargs": "?", "const": True}, list: {"nargs": "+"}}.get(kind, {})}
 
 
 def format_value(value) -> str:

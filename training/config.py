@@ -16,6 +16,9 @@ def option(default, help: str, min: float = 0, max: float = math.inf, group: str
     return dataclasses.field(default=default, metadata=metadata)
 
 
+STRONG_VIEW = ("color", "noise", "erase", "turn", "cutmix")  # data.strong_view, training.robust.mix_views
+
+
 @dataclass
 class Config:
     """Training configuration. Defaults follow the paper's COCO ResNet-50 recipe, except the two burn-in
@@ -30,10 +33,14 @@ class Config:
     labeled_list: str = option("", "file with one labeled image per line; replaces --ratio")
     steps: tuple = option((25_000, 25_000, 343_750), "steps of teacher burn-in, guided burn-in, distillation")
     score_threshold: float = option(0.7, "keep predictions with more than this class probability", max=1)
-    min_area: int = option(5, "keep masks with more than this many pixels at stride 4")
+    min_area: float = option(
+        5, "keep masks with more than this many pixels at stride 4; below 1: than this share of the crop"
+    )
     unsupervised_weight: float = option(2.0, "weight of the loss on unlabeled images")
     ema_decay: float = option(0.9996, "decay of the EMA teacher per step, phase 3", max=1)
-    strong_view: bool = option(True, "show the student strong views; false: weak views, an ablation")
+    strong_view: str = option(
+        "color", "changes of the strong view: color (the paper's), noise, erase, turn, cutmix; false: none"
+    )
     blur: tuple = option((0.1, 2.0), "range of the strong view's Gaussian blur sigma, pixels")
     repeat_threshold: float = option(10.0, "repeat-factor sampling of labeled images; 0: uniform sampling")
     seed: int = option(0, "seed of the labeled split, initial weights, views and sampled points")
@@ -42,6 +49,7 @@ class Config:
         1.0, "IoU threshold of mask NMS on pseudo-labels; 1 disables it", max=1, group="beyond the paper"
     )
     full_res_masks: bool = option(False, "pseudo-label masks at full resolution instead of stride 4")
+    mask_quality: float = option(0.0, "keep masks with at least this mean probability inside", max=1)
     finetune_steps: int = option(0, "steps of a last phase on labels only at a tenth of --lr (CAST); 0: none")
     supervised_only: bool = option(
         False, "supervised baseline: labels only, for the steps of all three phases"
@@ -90,7 +98,6 @@ class Config:
     grad_accum_steps: int = option(
         1, "micro-batches per step: less memory, but each is run twice forward", min=1
     )
-    scale_to_batch: bool = option(False, "rescale the preset's lr, steps and EMA decay to --batch")
 
     preset: str = option(
         "", "shapes, coco, cityscapes, or auto, the default for a folder (training/auto.py)", group="run"
@@ -106,6 +113,8 @@ class Config:
 
     given = frozenset()  # the options that were given as flags, which preset auto does not choose
     settings_from = ""  # the run of --settings-from
+    scale_to_batch = False  # --scale-to-batch has set lr, steps and EMA decay
+    recipe = ""  # the recipe of --recipe
     choices = None  # {option: (value, reason)} that preset auto or --hours has chosen
 
     @property
@@ -120,6 +129,12 @@ class Config:
             self.steps *= 3
         if len(self.steps) != 3 or not all(isinstance(n, int) and n >= 1 for n in self.steps):
             raise ValueError(f"--steps must be one or three whole numbers, at least 1, found {self.steps}")
+        # Before noise and CutMix this option was true or false.
+        self.strong_view = {"true": "color", "false": ""}.get(str(self.strong_view).lower(), self.strong_view)
+        for change in filter(None, self.strong_view.split(",")):
+            if change not in STRONG_VIEW:
+                choices = ", ".join(STRONG_VIEW)
+                raise ValueError(f"--strong-view must be of {choices}, or false, found {change!r}")
         if len(self.loss_weights) != 3:
             raise ValueError(f"--loss-weights must be three numbers, found {self.loss_weights}")
         if len(self.test_size) not in (0, 2):
@@ -226,6 +241,34 @@ PRESETS = {
         eval_every=250,
     ),
 }
+
+
+# What --recipe sets: plain options, which flags override. "paper" is the default of the datasets with a name,
+# "robust" that of auto. It also has fine-tuning (recipe_options).
+RECIPES = {
+    "paper": dict(
+        mask_nms_iou=1.0,
+        full_res_masks=False,
+        mask_quality=0.0,
+        min_area=5,
+        strong_view="color",
+        finetune_steps=0,
+    ),
+    "robust": dict(
+        mask_nms_iou=0.5,
+        full_res_masks=True,
+        mask_quality=0.0,
+        min_area=5,
+        strong_view="color",
+    ),
+}
+
+
+def recipe_options(recipe: str, steps: tuple) -> dict:
+    """Return the options of a recipe for phases of these steps. Raises ValueError for an unknown name."""
+    if recipe not in RECIPES:
+        raise ValueError(f"unknown recipe {recipe!r}; choose one of {', '.join(RECIPES)}")
+    return {"finetune_steps": max(1, steps[-1] // 3), **RECIPES[recipe]}
 
 
 def write_settings(cfg: Config) -> None:

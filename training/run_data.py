@@ -80,7 +80,8 @@ class Data:
     def unlabeled_batches(self, phase: str, first_step: int) -> Iterator[dict]:
         """Return endless batches {"image", "strong", "file"}: weak and strong views of the same crops. With
         --strong-view false the strong view is the weak one."""
-        views = AugmentedDataset(self.unlabeled, self.augmentation, labels=False, strong=self.cfg.strong_view)
+        changes = self.cfg.strong_view.split(",") if self.cfg.strong_view else ()
+        views = AugmentedDataset(self.unlabeled, self.augmentation, labels=False, strong=changes)
         for batch in self._batches(views, self.unlabeled.image_ids, (phase, "unlabeled"), first_step):
             yield {"strong": batch["image"], **batch}  # the weak view, if the batch has no strong one
 

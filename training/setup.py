@@ -99,7 +99,8 @@ def choose_settings(cfg: Config, data: Data) -> dict[str, tuple]:
     if cfg.preset != "auto" or cfg.settings_from:
         return {}
     facts = measure_facts(data.train, data.labeled, data.env.device)
-    return choose_options(facts, {name: getattr(cfg, name) for name in cfg.given})
+    given = {name: getattr(cfg, name) for name in cfg.given}
+    return choose_options(facts, given, cfg.recipe or "robust")
 
 
 def apply_choices(cfg: Config, choices: dict[str, tuple]) -> None:
