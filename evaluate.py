@@ -163,7 +163,7 @@ def evaluate(
         test_size: shorter side and limit of the longer side to which images are resized, pixels; 0: as
         they are.
         tile: side of the windows that are predicted and joined, pixels; 0: whole images (`predict_image`).
-        batch_size: images per forward pass, where neighbors have the same size.
+        batch_size: images per forward pass, where neighbors have the same size; windows come one by one.
 
     Returns {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class": {name: AP}}; -1 where there is no
     object. If an image has more than 100 objects, also "AP_all", which counts all detections. On Cityscapes

@@ -34,8 +34,8 @@ PHOTOS = Facts(
 ON_GPU = dataclasses.replace(PHOTOS, gpu_memory=80.0, num_cores=16)
 
 
-def values(facts, recipe="robust", **given):
-    return {name: value for name, (value, _) in choose_options(facts, given, recipe).items()}
+def values(facts, **given):
+    return {name: value for name, (value, _) in choose_options(facts, given).items()}
 
 
 def test_every_choice_is_an_option_and_has_a_reason():
@@ -150,23 +150,36 @@ def test_hours_that_auto_chose_are_a_limit_only():
 
 
 def test_auto_takes_the_options_of_a_recipe():
-    robust, paper = values(PHOTOS), values(PHOTOS, recipe="paper")
+    robust = values(PHOTOS)
     for name, value in RECIPES["robust"].items():
         assert robust[name] == value
-    for name, value in RECIPES["paper"].items():
-        assert paper[name] == value
-    assert robust["finetune_steps"] == robust["steps"][2] // 3 and paper["finetune_steps"] == 0
+    assert robust["finetune_steps"] == robust["steps"][2] // 3
     assert values(PHOTOS, mask_nms_iou=0.7).get("mask_nms_iou") is None
+    paper = parse_config(["--data", "my_dataset", "--recipe", "paper"])
+    given = {name: getattr(paper, name) for name in paper.given}
+    assert RECIPES["paper"].items() <= given.items()
+    assert not RECIPES["paper"].keys() & values(PHOTOS, **given).keys()
+    assert "finetune_steps" not in parse_config(["--data", "my_dataset", "--recipe", "robust"]).given
+
+
+def test_another_recipe_for_a_run_that_has_begun_is_not_ignored(shapes, tmp_path):
+    """A run keeps what auto chose. Phase 2 is run again with other options, as it is for any flag."""
+    flags = ["--data", shapes, *FEW_STEPS.replace(" --finetune-steps 1", "").split()]
+    flags += ["--model-args", SMALL, "--out", tmp_path / "run"]
+    run("burnin.py", *flags)
+    assert "phases 1 and 2 are done" in run("burnin.py", *flags, "--recipe", "robust").stdout
+    done = run("burnin.py", *flags, "--recipe", "paper").stdout
+    assert "burnin.pt in" in done and "was made with other options (mask_nms_iou 0.5, now 1.0)" in done
+    assert "teacher kept" in done and (tmp_path / "run/burnin.previous.pt").exists()
 
 
 def test_a_recipe_is_a_set_of_plain_options():
     for name, value in vars(parse_config(["--data", "coco", "--recipe", "paper"])).items():
-        assert value == getattr(Config(preset="coco", data="coco"), name) or name in ("given", "recipe")
+        assert value == getattr(Config(preset="coco", data="coco"), name) or name == "given"
     robust = parse_config(["--recipe", "robust", "--steps", "30,30,60", "--mask-nms-iou", "0.7"])
     assert (robust.mask_nms_iou, robust.finetune_steps) == (0.7, 20)
     assert robust.strong_view == RECIPES["robust"]["strong_view"]
     assert parse_config(["--recipe", "robust", "--supervised-only"]).finetune_steps == 0
-    assert parse_config(["--data", "my_dataset", "--recipe", "paper"]).recipe == "paper"
 
 
 @pytest.mark.parametrize("given, expected", [("true", "color"), ("false", ""), ("turn,noise", "turn,noise")])

@@ -141,7 +141,7 @@ def choose_side(facts: Facts, crops: Crops) -> int:
     return max(64, 32 * math.ceil(side / 32))
 
 
-def choose_options(facts: Facts, given: dict, recipe: str = "robust") -> dict[str, tuple]:
+def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
     """Choose the options that are not given. Returns {name: (value, reason)} in the order of the banner."""
     choices = {}
 
@@ -220,11 +220,11 @@ def choose_options(facts: Facts, given: dict, recipe: str = "robust") -> dict[st
         reason = "enough for a small model"
     steps = choose("steps", steps, reason)
     steps = steps * 3 if len(steps) == 1 else steps
-    options = recipe_options(recipe, steps)
+    options = recipe_options("robust", steps)
     if given.get("supervised_only"):
         del options["finetune_steps"]
     for name, value in options.items():
-        choose(name, value, f"recipe {recipe}")
+        choose(name, value, "recipe robust")
     if not on_gpu:
         choose("precision", "fp32", "bf16 does not speed up a model this small")
         if "steps" not in given:

@@ -163,17 +163,19 @@ def parse_config(argv=None, description=None) -> Config:
     if given != [None, None]:
         before = flags.get("test_size") or preset.get("test_size") or (None, None)
         flags["test_size"] = tuple(b if side is None else side for b, side in zip(before, given))
-    if recipe and (former or preset_name != "auto"):  # auto chooses these options with the others
-        steps = flags.get("steps") or values.get("steps") or fields["steps"].default
-        options = recipe_options(recipe, steps)
-        if flags.get("supervised_only"):
-            del options["finetune_steps"]
+    is_auto, options = preset_name == "auto" and not former, {}
+    if recipe:
+        options = recipe_options(recipe, flags.get("steps") or values.get("steps") or fields["steps"].default)
+        if flags.get("supervised_only") or (is_auto and recipe != "paper"):
+            del options[
+                "finetune_steps"
+            ]  # none for the baseline; auto derives them from the steps it chooses
         values |= options
     dictionaries = {"model_args": model_args, "data_args": reading}
     cfg = Config(**{**values, **flags, **dictionaries, "preset": preset_name})
     cfg.settings_from, cfg.scale_to_batch = chosen.settings_from or "", scale_to_batch
-    cfg.recipe = recipe
     cfg.given = frozenset(flags) | frozenset(former) | {name for name in dictionaries if dictionaries[name]}
+    cfg.given |= frozenset(options if is_auto else ())  # so that auto does not choose them
     return cfg
 
 

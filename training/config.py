@@ -114,7 +114,6 @@ class Config:
     given = frozenset()  # the options that were given as flags, which preset auto does not choose
     settings_from = ""  # the run of --settings-from
     scale_to_batch = False  # --scale-to-batch has set lr, steps and EMA decay
-    recipe = ""  # the recipe of --recipe
     choices = None  # {option: (value, reason)} that preset auto or --hours has chosen
 
     @property

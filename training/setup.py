@@ -99,8 +99,7 @@ def choose_settings(cfg: Config, data: Data) -> dict[str, tuple]:
     if cfg.preset != "auto" or cfg.settings_from:
         return {}
     facts = measure_facts(data.train, data.labeled, data.env.device)
-    given = {name: getattr(cfg, name) for name in cfg.given}
-    return choose_options(facts, given, cfg.recipe or "robust")
+    return choose_options(facts, {name: getattr(cfg, name) for name in cfg.given})
 
 
 def apply_choices(cfg: Config, choices: dict[str, tuple]) -> None:

@@ -1,9 +1,8 @@
-"""Predict an image in overlapping windows, for images that are much larger than those of training.
+"""Predict an image in overlapping windows, for small objects and for large images.
 
     result = predict_tiles(predict, image, side=512)     # "scores", "labels", "rles" of the whole image
 
-Each window goes through the model like an image of its own, resized to the test size. With `side` as long as
-the training images are, in pixels of the image, objects have the scale that they had in training.
+Each window is predicted like an image of its own (evaluate.predict_image sets its scale).
 
 Windows overlap by at least a quarter of their side, and the pieces of an object that they cut are joined.
 Masks are kept as RLEs of their windows, so memory does not grow with the size of the image.
@@ -49,8 +48,8 @@ def predict_tiles(predict, image: Image.Image, side: int) -> dict:
     class in another window.
 
     Args:
-        predict: a function from a window to its instances {"scores" (N,), "labels" (N,), "rles"}, such as
-            evaluate.predict_image. It should leave out low scores.
+        predict: a function from a window to its instances {"scores" (N,), "labels" (N,), "rles"}. It should
+            leave out low scores, because all pieces are compared.
 
     Returns the same for the whole image, best first."""
     W, H = image.size
