@@ -118,6 +118,8 @@ def guided_burn_in(cfg: Config, env: Env, data: Data, criterion: SetCriterion) -
     source = load_teacher_checkpoint(cfg, data.train.class_names)
     teacher = load_model(source, env.device)  # frozen
     student = build_model(cfg, data, "student").train()  # fresh, not a copy of the teacher
+    if cfg.student_from_teacher:  # not in the paper, off by default
+        student.load_state_dict(teacher.state_dict())
     optimizer = build_optimizer(student, cfg)
     # The teacher may have another architecture than the student.
     description = describe(cfg, data) | {"teacher_args": source["model_args"]}

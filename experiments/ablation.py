@@ -3,20 +3,22 @@
 All recipes of a seed have the same labeled images. Unless a recipe says otherwise, they also have the same
 teacher and the same initial weights of the student.
 
-    python experiments/ablation.py --quick                               # a small table in about 15 minutes
+    python experiments/ablation.py --quick                 # a small table, shapes and cells, in 12 minutes
     python experiments/ablation.py --ratio 0.02 0.05 0.1 --seeds 0 1 2   # on shapes
-    python experiments/ablation.py --data nuclei --ratio 0.05 0.1 --recipes paper labels-only
-    python experiments/ablation.py --tables                              # ABLATION.md from ablation.jsonl
+    python experiments/ablation.py --data animals --ratio 0.05 0.1 --recipes paper robust labels-as-long
+    python experiments/ablation.py --tables                              # pages from the committed records
 
 Every finished run appends a line to the file --results, and is not run again. An interrupted run resumes from
 its last checkpoint. At the end the file is printed as tables.
 
---data nuclei needs two things in the current folder: mobilenetv2_100.safetensors, the ImageNet weights of
-timm's model of that name, and tiles/, cut from real images (benchmarks/RESULTS.md) by
+--data animals and nuclei need a folder of that name in COCO form in the current folder (docs/RESULTS.md says
+what they are), and tf_efficientnet_lite2.safetensors, the ImageNet weights of timm's model of that name.
+--data tiles needs mobilenetv2_100.safetensors, and tiles/, which experiments/tiles.py cuts from nuclei:
 
     python experiments/tiles.py nuclei tiles --size 96 --ratio 0.05 0.1 --seeds 0 1 2"""
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -33,8 +35,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import recipes
+import robust_tables
 from ablation_tables import final_aps, group_by_row, make_table, read_json_lines, read_records, write_page
-from recipes import DUPLICATES, MAIN, QUICK_STEPS, RECIPES, RUNNABLE, STARTS, command
+from cells import write_cells
+from recipes import DUPLICATES, QUICK_STEPS, RECIPES, RUNNABLE, STARTS, command
 
 from training.checkpoint import load_checkpoint, lock
 from training.cli import expected_errors
@@ -170,6 +174,8 @@ def read_curve(own: Path) -> list[dict]:
                 quality = line.get(prefix + "pseudo", {})
                 names = {"kept", "recall"} | ({"precision", "mask_iou"} if quality.get("kept") else set())
                 point |= {prefix + name: quality[name] for name in sorted(names & quality.keys())}
+                for size, numbers in quality.get("sizes", {}).items():
+                    point |= {f"{prefix}{size}_{name}": value for name, value in numbers.items()}
             point = {name: round(v, 2) if isinstance(v, float) else v for name, v in point.items()}
             points[line["folder"], line["phase"], line["step"]] = point
     return list(points.values())
@@ -192,7 +198,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", choices=recipes.DATA, default="shapes")
+    parser.add_argument("--data", choices=recipes.DATA, nargs="+", default=["shapes"])
     parser.add_argument("--ratio", type=float, nargs="+", default=[0.02], help="labeled fractions")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--recipes", nargs="+", choices=RUNNABLE, default=RUNNABLE)
@@ -200,19 +206,22 @@ def main():
     parser.add_argument("--runs", type=Path, default=Path("runs/ablation"), help="folder of the runs")
     parser.add_argument("--results", type=Path, help="file of the records; default: results.jsonl there")
     parser.add_argument(
-        "--quick", action="store_true", help=f"{', '.join(MAIN)}; {QUICK_STEPS} steps, 2 seeds"
+        "--quick", action="store_true", help=f"paper, robust and labels only; {QUICK_STEPS} steps, 2 seeds"
     )
     parser.add_argument(
-        "--tables", action="store_true", help="write ABLATION.md and its figures, run nothing"
+        "--tables", action="store_true", help="write ABLATION.md, ROBUST.md and figures, run nothing"
     )
     flags = parser.parse_args()
     if flags.tables:
-        return write_page(read_records(RESULTS), RESULTS.parent)
+        write_page(read_records(RESULTS), RESULTS.parent)
+        return robust_tables.write_page(read_records(RESULTS.with_name("robust.jsonl")), RESULTS.parent)
     if flags.quick:
-        flags.recipes, flags.seeds, flags.runs = MAIN, [0, 1], Path("runs/ablation-quick")
-    for recipe in flags.recipes:
-        if (flags.data, recipe) in DUPLICATES:
-            print(f"{recipe} is skipped: on {flags.data} it repeats another recipe", file=sys.stderr)
+        vars(flags).update(recipes.QUICK, runs=Path("runs/ablation-quick"))
+    chosen = list(itertools.product(flags.data, flags.ratio, flags.recipes, flags.seeds))
+    for data, recipe in sorted({(data, recipe) for data, _, recipe, _ in chosen} & DUPLICATES):
+        print(f"{recipe} is skipped: on {data} it repeats another recipe", file=sys.stderr)
+    if "cells" in flags.data and not Path("datasets/cells").exists():
+        write_cells("datasets/cells")
     results = flags.results or flags.runs / "results.jsonl"
     ablation = Ablation(flags.runs, results, QUICK_STEPS if flags.quick else None)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -221,11 +230,10 @@ def main():
         lock(flags.runs)
     with ThreadPoolExecutor(flags.jobs) as pool:
         jobs = [
-            pool.submit(ablation.run, flags.data, ratio, seed, recipe)
-            for ratio in flags.ratio
-            for recipe in flags.recipes  # All seeds of the paper's first: others wait for its checkpoints.
-            for seed in flags.seeds
-            if (flags.data, recipe) not in DUPLICATES
+            pool.submit(ablation.run, data, ratio, seed, recipe)
+            # All seeds of the paper's first: others wait for its checkpoints.
+            for data, ratio, recipe, seed in chosen
+            if (data, recipe) not in DUPLICATES
         ]
         errors = [job.exception() for job in jobs]
     if any(errors):

@@ -5,7 +5,8 @@ training, "machine", "date", and "curve", its evaluations in order.
 
 An evaluation is {"phase", "step", "ap"}. Where it was measured, "teacher_ap" is the AP of the EMA teacher.
 Of the teacher's pseudo-labels it has "kept", their number per image, and "precision", "recall" and
-"mask_iou" in percent. In guided burn-in the same keys with the prefix student_ are those of the
+"mask_iou" in percent, and, since objects are told apart by size, "small_precision" and so on for each of
+pseudo_label_quality.SIZES. In guided burn-in the same keys with the prefix student_ are those of the
 pseudo-labels that the student would give."""
 
 import itertools
@@ -17,7 +18,7 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-from recipes import DATA, LAST_COMMIT_OF_REMOVED, RECIPES, REMOVED, RUNNABLE, STARTS, step_numbers
+from recipes import DATA, LAST_COMMIT_OF_REMOVED, RECIPES, REMOVED, STARTS, step_numbers
 
 FORMER_PHASES = {"labels_only": "supervised"}  # as records up to commit 5b0a3ca name them
 
@@ -110,11 +111,12 @@ def make_table(rows: dict) -> list[str]:
         "difference from labels only",
         "difference from Guided Distillation",
     )
+    control = "labels-as-long" if "labels-as-long" in rows else "labels-only"
     lines = [f"| recipe | | {' | '.join(columns)} |", "|---|---|---|---|---|"]
     for row in order:
         differences = [
             format_difference(rows[row], rows[other]) if other in rows and other != row else ""
-            for other in ("labels-only", "paper")
+            for other in (control, "paper")
         ]
         cells = [row_label(row), format_mean(list(rows[row].values())), *differences]
         lines.append(f"| {' | '.join(cells)} |")
@@ -285,7 +287,7 @@ def make_section(data: str, ratio: float, runs: list[dict]) -> list[str]:
 
 
 def make_commands(runs: list[dict]) -> list[str]:
-    """Make the section with the commands of all recipes that have been run, and the names of the others."""
+    """Make the section with the commands of all recipes that have been run."""
     lines = ["## Commands", "", "Unless a recipe overrides them, its commands also have these flags:", ""]
     lines += ["| data | flags |", "|---|---|"]
     for data in sorted({run["data"] for run in runs}):
@@ -309,8 +311,7 @@ def make_commands(runs: list[dict]) -> list[str]:
         if recipe in recorded:
             code = "<br>".join(f"`{command.format(**names, **numbers)}`" for command in commands)
             lines.append(f"| `{recipe}` | {DESCRIPTIONS[recipe].strip('*')} | {code} |")
-    waiting = ", ".join(f"`{recipe}`" for recipe in RUNNABLE if recipe not in recorded)
-    return lines + (["", wrap(f"Recipes that have not been run yet: {waiting}.")] if waiting else [])
+    return lines
 
 
 def group_runs(runs: list[dict]) -> dict:

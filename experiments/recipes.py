@@ -1,12 +1,20 @@
 """The recipes of ablation.py: the data they run on, what each one changes, and its commands."""
 
+import math
 import shlex
 from pathlib import Path
 
+AUTO = (
+    "--backbone tf_efficientnet_lite2 --backbone-weights tf_efficientnet_lite2.safetensors "
+    "--recipe paper --hours 0 --save-every 250"
+)
 # Flags of a dataset, and the steps of teacher burn-in, guided burn-in and distillation.
 DATA = {
     "shapes": ("--data shapes --eval-every 250", (500, 700, 900)),
-    "nuclei": (
+    "cells": ("--data datasets/cells --preset shapes --num-queries 30", (500, 700, 900)),
+    "animals": (f"--data animals {AUTO} --crop 128,128 --eval-every 150", (450, 600, 600)),
+    "nuclei": (f"--data nuclei {AUTO} --eval-every 250", (900, 750, 750)),
+    "tiles": (
         "--data tiles --labeled-list tiles/splits/RATIO-SEED.txt --preset shapes --crop 96,96 "
         "--num-queries 30 --num-points 512 --score-threshold 0.7 --eval-every 750 "
         "--backbone mobilenetv2_100 --backbone-weights mobilenetv2_100.safetensors --norm frozen "
@@ -15,7 +23,7 @@ DATA = {
         (2500, 1500, 1500),
     ),
 }
-QUICK_STEPS = (200, 280, 360)
+QUICK_STEPS = (150, 200, 240)
 
 # Checkpoints from which other recipes with the same seed start.
 STARTS = {
@@ -178,7 +186,38 @@ RECIPES = {
         "like fine-tuning, but with pseudo-labels: a third of phase 3 more, at a tenth of the learning rate",
         ["distill.py --student-checkpoint {distilled} --lr 1e-4 --steps {t},1,{third}"],
     ),
+    "robust": ("the recipe `robust`", ["distill.py --teacher-checkpoint {teacher} --recipe robust"]),
+    "labels-as-long": (
+        "labels only, for the steps of all phases and of fine-tuning",
+        ["distill.py --supervised-only --steps {all_steps}"],
+    ),
+    "labels-as-many": (
+        "labels only, for as many labeled images as the student sees",
+        ["distill.py --supervised-only --steps {student_steps}"],
+    ),
 }
+# Single changes of guided burn-in, which ends with the learning rate at zero.
+BURN_IN = "burnin.py --teacher-checkpoint {teacher} --steps {t},{b},1"
+CLEAN = "--mask-nms-iou 0.5 --full-res-masks true"
+VIEW = "--strong-view color,noise,cutmix"
+for name, description, flags in [
+    ("paper", "the paper's rule", ""),
+    ("labels", "unguided: labels only", "--unsupervised-weight 0"),
+    ("nms", "mask NMS", "--mask-nms-iou 0.5"),
+    ("masks", "full-resolution masks", "--full-res-masks true"),
+    ("clean", "mask NMS and full-resolution masks", CLEAN),
+    ("view", "clean, and a strong view with noise and CutMix", f"{CLEAN} {VIEW}"),
+    ("noise", "clean, and a strong view with noise", f"{CLEAN} --strong-view color,noise"),
+    ("cutmix", "clean, and a strong view with CutMix", f"{CLEAN} --strong-view color,cutmix"),
+    ("erase", "as view, and random erasing", f"{CLEAN} {VIEW},erase"),
+    ("turn", "as view, and quarter turns", f"{CLEAN} {VIEW},turn"),
+    ("copy", "as view, and the student starts as a copy", f"{CLEAN} {VIEW} --student-from-teacher true"),
+    ("quality", "as view, and a mask quality of at least 0.9", f"{CLEAN} {VIEW} --mask-quality 0.9"),
+    ("threshold-0.9", "as view, and a score threshold of 0.9", f"{CLEAN} {VIEW} --score-threshold 0.9"),
+    ("weight-1", "as view, and an unsupervised weight of 1", f"{CLEAN} {VIEW} --unsupervised-weight 1"),
+    ("min-area", "as view, and a minimum area of 0.1 % of the crop", f"{CLEAN} {VIEW} --min-area 0.001"),
+]:  # fmt: skip
+    RECIPES[f"burn-in-{name}"] = (f"guided burn-in alone: {description}", [f"{BURN_IN} {flags}".strip()])
 # Recipes that were measured with an earlier version. Their options are gone, so they cannot be run, and their
 # commands above are those of that version.
 REMOVED = ("mask-quality", "pixel-weights", "soft-weights")
@@ -186,10 +225,12 @@ LAST_COMMIT_OF_REMOVED = "5b0a3ca"
 RUNNABLE = [recipe for recipe in RECIPES if recipe not in REMOVED]
 # Recipes that repeat another one on a dataset, because their threshold is the default there.
 DUPLICATES = {("shapes", "threshold-0.9")} | {
-    ("nuclei", recipe)
+    ("tiles", recipe)
     for recipe in ("threshold-0.7", "lower-later", "unguided-lower-later", "no-duplicates-0.7", "clean-0.7")
 }
-MAIN = ["paper", "labels-only", "unguided", "no-distillation"]
+# The short experiment of --quick.
+QUICK = {"data": ["shapes", "cells"], "ratio": [0.05], "seeds": [0, 1]}
+QUICK |= {"recipes": ["paper", "robust", "labels-as-long"]}
 
 
 def step_numbers(t: int, b: int, d: int) -> dict:
@@ -199,6 +240,9 @@ def step_numbers(t: int, b: int, d: int) -> dict:
     numbers["finetune"] = max(1, d // 9)
     numbers["third"] = 3 * numbers["finetune"]
     numbers["d_third_more"] = d + numbers["third"]
+    # Recipe robust fine-tunes for a third of phase 3. --supervised-only trains three times --steps.
+    numbers["student_steps"] = math.ceil((b + d + d // 3) / 3)
+    numbers["all_steps"] = math.ceil((t + b + d + d // 3) / 3)
     return numbers | {"b_half": b // 2, "d_more": d + b - b // 2, "d_half": d // 2, "b_more": b + d - d // 2}
 
 

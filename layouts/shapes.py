@@ -20,9 +20,15 @@ SHAPES = ("circle", "square", "triangle", "star")
 
 
 def write_shapes(folder, num_train=1000, num_val=200, size=96, seed=0) -> None:
-    """Generate the dataset as PNG files of size x size pixels and COCO JSON with RLE masks.
+    """Generate the dataset in COCO form."""
+    write_dataset(folder, draw_shapes, SHAPES, num_train, num_val, size, seed)
 
-    A folder that another process has written meanwhile is kept."""
+
+def write_dataset(folder, draw, names: tuple, num_train: int, num_val: int, size: int, seed=0) -> None:
+    """Write drawn images as PNG files of size x size pixels and COCO JSON with RLE masks.
+
+    draw: a function such as `draw_shapes`. names: of the classes. A folder that another process has written
+    meanwhile is kept."""
     folder = Path(folder)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     (temporary / "images").mkdir(parents=True)
@@ -30,7 +36,7 @@ def write_shapes(folder, num_train=1000, num_val=200, size=96, seed=0) -> None:
         images, annotations = [], []
         for index in range(count):
             key = hashlib.sha256(repr((seed, "shapes", part, index)).encode()).digest()
-            pixels, objects = draw_shapes(size, np.random.default_rng(int.from_bytes(key[:8], "big") >> 1))
+            pixels, objects = draw(size, np.random.default_rng(int.from_bytes(key[:8], "big") >> 1))
             name = f"{part}_{index:05d}.png"
             Image.fromarray(pixels).save(temporary / "images" / name)
             images.append({"id": index, "file_name": name, "height": size, "width": size})
@@ -47,7 +53,7 @@ def write_shapes(folder, num_train=1000, num_val=200, size=96, seed=0) -> None:
                         "iscrowd": 0,
                     }
                 )
-        categories = [{"id": label + 1, "name": name} for label, name in enumerate(SHAPES)]
+        categories = [{"id": label + 1, "name": name} for label, name in enumerate(names)]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (temporary / f"instances_{part}.json").write_text(json.dumps(content))
     try:

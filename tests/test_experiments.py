@@ -11,11 +11,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from commands import ROOT, run
 from faults import TINY
+from PIL import Image
+from pycocotools import mask as rle_tools
 
+from data import encode_rle
 from layouts.shapes import write_shapes
+from layouts.validate import load_coco
 from training.checkpoint import load_checkpoint
 from training.cli import ALIASES, parse_config
 
@@ -171,7 +176,8 @@ def test_the_quick_table_has_runs_of_its_own(ablation, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ablation.Ablation, "call", ablation.real_call)
     monkeypatch.setattr(ablation, "QUICK_STEPS", (1, 1, 1))
-    monkeypatch.setattr(ablation, "MAIN", ["labels-only", "threshold-0.9"])  # the second one is skipped
+    quick = {"recipes": ["labels-only", "threshold-0.9"], "seeds": [0, 1]}  # threshold-0.9 is skipped
+    monkeypatch.setattr(ablation.recipes, "QUICK", quick)
     monkeypatch.setattr(ablation.signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["ablation.py", "--quick", "--ratio", "0.5", "--jobs", "1"])
     ablation.main()
@@ -199,7 +205,7 @@ def test_a_command_that_fails_is_an_error_and_after_a_stop_nothing_starts(ablati
 # --------------------------------------------------------------------------------------------------- recipes
 
 
-@pytest.mark.parametrize("data", ["shapes", "nuclei"])
+@pytest.mark.parametrize("data", ["shapes", "animals", "nuclei", "tiles"])
 def test_every_recipe_is_a_command_with_the_flags_of_its_data(data, recipes):
     former = {"--" + name.replace("_", "-") for name in ALIASES}
     for recipe in recipes.RUNNABLE:
@@ -212,15 +218,18 @@ def test_every_recipe_is_a_command_with_the_flags_of_its_data(data, recipes):
                 assert not cfg.student_checkpoint and not cfg.finetune_steps
             everything = recipe == "all-labels"
             assert (cfg.seed, cfg.ratio) == (7, 1.0 if everything else 0.05), line
-            assert bool(cfg.labeled_list) == (data == "nuclei" and not everything)
+            assert bool(cfg.labeled_list) == (data == "tiles" and not everything)
             steps = {"refined": (3,) * 3, "no-distillation": (10, 49, 1), "two-phase": (10, 1, 49)}
             steps |= {"clean-refined": (3,) * 3, "labels-only-refined": (3,) * 3, "restarted": (10, 1, 9)}
+            # All phases of robust have 10 + 20 + 30 + 10 steps.
+            steps |= {"labels-as-long": (24,) * 3, "labels-as-many": (20,) * 3}
             steps |= {"shorter": (10, 10, 40), "longer": (10, 35, 15), "more-distillation": (10, 20, 39)}
-            assert cfg.steps == steps.get(recipe, (10, 20, 30)), line
+            expected = (10, 20, 1) if recipe.startswith("burn-in-") else (10, 20, 30)
+            assert cfg.steps == steps.get(recipe, expected), line
 
 
-def test_the_backbone_of_nuclei_has_its_padding_and_pixel_statistics(recipes):
-    line = recipes.command("distill.py", "nuclei", 0.05, 7, (1, 1, 1), Path("runs/x"))
+def test_the_backbone_of_tiles_has_its_padding_and_pixel_statistics(recipes):
+    line = recipes.command("distill.py", "tiles", 0.05, 7, (1, 1, 1), Path("runs/x"))
     cfg = parse_config(shlex.split(line)[1:])
     half = [127.5] * 3
     expected = {"backbone_args": {"pad_type": "same"}, "pixel_mean": half, "pixel_std": half}
@@ -324,10 +333,65 @@ def test_the_page_and_its_figures_are_made_from_the_records(tables, tmp_path):
     cost = "3 runs, 3.0 hours of training without evaluations, 2026-01-01. "
     last = f"Machine: M. 1 run of `{records[-1]['recipe']}`: N."
     assert cost + last in page.replace("\n", " ") and "| unguided burn-in" in page
-    commands, _, waiting = page.partition("not been run yet: ")
-    assert "| `unguided` | " in commands and "`clean`" in waiting and "`clean` |" not in commands
+    assert "| `unguided` | " in page and "`clean` |" not in page
     assert (tmp_path / "ablation-shapes-2.png").stat().st_size > 10_000
     assert (tmp_path / "ablation-shapes-2-curves.png").stat().st_size > 5_000
+
+
+@pytest.fixture
+def robust(monkeypatch):
+    return load("robust_tables", monkeypatch)
+
+
+def guided_records(recipe, aps, data="animals"):
+    """Make records of ratio 0.1 with these final APs, for the seeds 0, 1, ..."""
+    sizes = {
+        f"{size}_{name}": 50.0 for size in ("small", "large") for name in ("precision", "recall", "mask_iou")
+    }
+    sizes |= {f"student_{name}": 40.0 for name in sizes}
+    sizes |= {"small_objects": 1, "medium_objects": 0, "large_objects": 99}
+    phases = {"paper": ["teacher", "burnin", "distill"], "robust": ["burnin", "distill", "finetune"]}
+    for seed, ap in enumerate(aps):
+        points = [
+            {"phase": p, "step": 4, "ap": ap, "teacher_ap": 1.0} for p in phases.get(recipe, ["supervised"])
+        ]
+        record = {"data": data, "ratio": 0.1, "seed": seed, "recipe": recipe, "steps": [2, 4, 4]}
+        record |= {"curve": [point | sizes for point in points], "hours": 1.0, "machine": "M"}
+        yield record | {"commands": ["distill.py --steps 2,4,4"], "date": "2026-01-01"}
+
+
+def test_gains_are_over_the_better_control_and_answers_have_intervals(robust, tables, tmp_path):
+    aps = {"labels-as-long": [10, 20], "labels-as-many": [11, 21], "paper": [12, 20], "robust": [15, 27, 99]}
+    runs = [record for recipe, values in aps.items() for record in guided_records(recipe, values)]
+    runs += guided_records("burn-in-nms", [5], "nuclei")
+    lines = robust.make_summary(tables.group_by_row(runs))
+    assert lines[0] == "| | animals, 10 % |"
+    assert lines[-3:] == [
+        "| — gain | +0.0 ± 1.0 (2) |",
+        "| robust | 47.0 ± 45.4 (3) |",
+        "| — gain | +5.0 ± 1.0 (2) |",
+    ]
+    # Differences of 3 and 7: mean 5, standard error 2, and t is 12.7 for one degree of freedom.
+    [answer] = [line for line in robust.make_questions(runs) if "`robust` over `paper`" in line]
+    assert answer.count("+5.0 [-20.4, +30.4] (2)") == 2, "animals, and all"
+    assert robust.interval([1.0]) == "+1.0 (1)" and robust.interval([]) == ""
+    robust.write_page(json.loads(json.dumps(runs)), tmp_path)
+    page = (tmp_path / "ROBUST.md").read_text()
+    assert "(robust-animals-10.png)" in page and "| `robust` | " in page
+    assert (tmp_path / "robust-animals-10.png").stat().st_size > 10_000
+    assert robust.mean_curve(runs[-3:-1], "small_recall") == {4: 40.0, 8: 50.0}
+
+
+def test_cells_are_gray_and_do_not_overlap(monkeypatch, tmp_path):
+    cells = load("cells", monkeypatch)
+    cells.write_cells(tmp_path / "cells", num_train=3, num_val=1, size=64)
+    train = load_coco(tmp_path / "cells/instances_train.json", tmp_path / "cells/images")
+    assert train.class_names == ["cell"] and len(train) == 3
+    for image_id in train.image_ids:
+        masks = [rle_tools.decode(encode_rle(o["segmentation"], 64, 64)) for o in train.objects(image_id)]
+        assert masks and sum(mask.astype(int) for mask in masks).max() == 1
+        pixels = np.asarray(Image.open(train.path(image_id)))
+        assert (pixels[..., :1] == pixels).all() and pixels.std() > 3
 
 
 def test_the_committed_page_follows_from_the_committed_records(tables, recipes):

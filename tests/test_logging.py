@@ -23,7 +23,13 @@ from training.cli import parse_config
 from training.config import PRESETS, Config, rescale_for_batch_size
 from training.distributed import Env, print_rank0, warn_once
 from training.metrics import Metrics, append_record, format_duration, format_values
-from training.pseudo_label_quality import format_quality, match_pseudo_labels, measure_pseudo_labels
+from training.pseudo_label_quality import (
+    count_by_size,
+    format_quality,
+    match_pseudo_labels,
+    measure_pseudo_labels,
+    quality,
+)
 from training.setup import set_up
 
 SMALL = "--crop 64,64 --num-queries 5 --hidden-dim 32 --encoder-ffn 32 --decoder-layers 1 --decoder-ffn 32 "
@@ -378,22 +384,41 @@ TRUTH = {"labels": torch.tensor([0, 1]), "masks": masks([1, 1, 1, 1, 0, 0, 0, 0]
 @pytest.mark.parametrize(
     "predicted, expected",
     [
-        (pseudo([0, 1], [0.9, 0.8], [1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 0]), (2, 1.75)),
-        (pseudo([1, 0], [0.9, 0.8], [1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]), (0, 0)),  # classes
-        (pseudo([0, 0], [0.8, 0.9], [1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]), (1, 0.75)),  # twice
-        (pseudo([0], [0.9], [1, 0, 0, 0, 0, 0, 0, 0]), (0, 0)),  # IoU 1/4
-        (pseudo([0], [0.9], [1, 1, 0, 0, 0, 0, 0, 0]), (1, 0.5)),
+        (
+            pseudo([0, 1], [0.9, 0.8], [1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 0]),
+            {0: (0, 1.0), 1: (1, 0.75)},
+        ),
+        (pseudo([1, 0], [0.9, 0.8], [1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1]), {}),  # classes
+        (pseudo([0, 0], [0.8, 0.9], [1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0, 0, 0]), {1: (0, 0.75)}),
+        (pseudo([0], [0.9], [1, 0, 0, 0, 0, 0, 0, 0]), {}),  # IoU 1/4
+        (pseudo([0], [0.9], [1, 1, 0, 0, 0, 0, 0, 0]), {0: (0, 0.5)}),
     ],
 )
 def test_a_pseudo_label_is_correct_if_it_is_the_first_to_find_an_object_of_its_class(predicted, expected):
-    assert match_pseudo_labels(predicted, TRUTH) == pytest.approx(expected)
+    assert match_pseudo_labels(predicted, TRUTH) == expected
 
 
 def test_images_without_objects_or_without_pseudo_labels_have_no_matches():
     none = {"labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros((0, 1, 8), dtype=torch.bool)}
     nothing = none | {"scores": torch.zeros(0)}
-    assert match_pseudo_labels(nothing, TRUTH) == (0, 0.0) == match_pseudo_labels(nothing, none)
-    assert match_pseudo_labels(pseudo([0], [0.9], [1] * 8), none) == (0, 0.0)
+    assert match_pseudo_labels(nothing, TRUTH) == {} == match_pseudo_labels(nothing, none)
+    assert match_pseudo_labels(pseudo([0], [0.9], [1] * 8), none) == {}
+
+
+def test_quality_by_size_counts_pseudo_labels_by_their_own_size_and_finds_by_that_of_the_object():
+    def rows(*numbers):
+        return [[1] * number + [0] * (200 - number) for number in numbers]
+
+    truth = {"labels": torch.tensor([0, 1]), "masks": masks(*rows(2, 21))}  # 1 % and 10.5 % of the crop
+    found = pseudo([0, 1, 1], [0.9, 0.8, 0.7], *rows(2, 18, 40))  # IoU 1, 18/21; and 40, which is too large
+    counts = count_by_size(found, truth)
+    assert quality(counts, "small") == {"objects": 1, "precision": 100, "recall": 100, "mask_iou": 100}
+    found_a_large_one = {"objects": 0, "precision": 100, "recall": 0, "mask_iou": 0}
+    assert quality(counts, "medium") == found_a_large_one
+    large = {"objects": 1, "precision": 0, "recall": 100, "mask_iou": 100 * 18 / 21}
+    assert quality(counts, "large") == pytest.approx(large)
+    assert quality(counts, "all")["precision"] == pytest.approx(200 / 3)
+    assert quality(counts, "all")["mask_iou"] == pytest.approx(50 * (1 + 18 / 21))
 
 
 class Oracle(nn.Module):
@@ -440,6 +465,8 @@ def test_quality_is_measured_on_held_out_annotations(shapes, measure):
     result, held_out = measure(shapes)
     assert result["images"] == len(held_out) == 6 and result["score"] == pytest.approx(1)
     assert result["precision"] == pytest.approx(100) == result["mask_iou"] and result["recall"] > 90
+    assert list(result["sizes"]) == ["small", "medium", "large"]
+    assert result["sizes"]["medium"]["precision"] == pytest.approx(100)
     missing, _ = measure(shapes, miss=1)
     assert missing["precision"] == pytest.approx(100) and missing["recall"] < result["recall"]
     assert missing["kept"] == pytest.approx(result["kept"] - 1)

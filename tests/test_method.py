@@ -25,7 +25,6 @@ from training.robust import (
     large_masks,
     mask_nms,
     mix_views,
-    sure_masks,
     turn,
 )
 
@@ -141,14 +140,6 @@ def test_full_resolution_masks_are_closer_to_a_small_object():
     assert iou(fine["masks"]) > 0.93 > 0.87 > iou(coarse)
     outputs = {"pred_logits": logits[:1], "pred_masks": low}
     assert sum(SetCriterion(K, num_points=32)(outputs, [fine]).values()).isfinite()
-
-
-def test_sure_masks_have_a_high_mean_probability_inside():
-    logits = torch.tensor([[4.0, 4.0, -9.0, -9.0], [4.0, 0.1, -9.0, -9.0], [-9.0, -9.0, -9.0, -9.0]])
-    target = {"labels": torch.tensor([0, 1, 2]), "mask_logits": logits.view(3, 2, 2)}
-    quality = [float(torch.tensor(x).sigmoid().mean()) for x in ([4.0, 4.0], [4.0, 0.1])]
-    assert quality[0] > 0.95 > quality[1] > 0.7
-    assert [len(sure_masks([target], q)[0]["labels"]) for q in (0.0, 0.7, 0.95, 0.999)] == [3, 2, 1, 0]
 
 
 @pytest.mark.parametrize("size", [16, 64])

@@ -123,6 +123,17 @@ def test_phase_2_keeps_the_teacher_and_phase_3_continues_its_optimizer(completed
     assert set(steps) == {10}, "phases 2 and 3 are one run of the optimizer"
 
 
+def test_a_student_can_start_as_a_copy_of_the_teacher(tiny, completed, tmp_path):
+    """At a learning rate of 0 it stays one; a teacher of another architecture cannot be copied."""
+    teacher = completed[0] / "teacher.pt"
+    flags = ["--student-from-teacher", "true", "--teacher-checkpoint", teacher, "--lr", "0", "--steps", "1"]
+    train(tiny, tmp_path / "run", *flags, script="burnin.py")
+    burnt_in = load_checkpoint(tmp_path / "run/burnin.pt")
+    assert same(burnt_in["model"], load_checkpoint(teacher)["model"])
+    error = train(tiny, tmp_path / "other", *flags, "--num-queries", "7", script="burnin.py", code=2).stderr
+    assert error == f"error: {teacher} has num_queries 6, this run has 7\n"
+
+
 def test_teacher_and_student_start_from_different_weights(tiny, tmp_path):
     cfg = parse_config(["--data", str(tiny), *TINY, "--out", str(tmp_path)])
     _, data, _ = set_up(cfg)

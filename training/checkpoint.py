@@ -61,7 +61,7 @@ MAY_CHANGE_ON_RESUME |= {"hours", "grad_accum_steps", "log_every", "save_every",
 
 # Options that a phase does not use, so that they may change after it.
 GUIDED = {"unlabeled", "score_threshold", "min_area", "unsupervised_weight", "strong_view", "blur"}
-GUIDED |= {"repeat_threshold", "mask_nms_iou", "full_res_masks", "mask_quality", "teacher_checkpoint"}
+GUIDED |= {"repeat_threshold", "mask_nms_iou", "full_res_masks", "student_from_teacher", "teacher_checkpoint"}
 UNUSED = {"finetune": MAY_CHANGE_ON_RESUME}
 UNUSED["distill"] = UNUSED["finetune"] | {"finetune_steps"}
 UNUSED["burnin"] = UNUSED["distill"] | {"ema_decay", "student_checkpoint"}
@@ -150,12 +150,17 @@ def load_student_checkpoint(cfg: Config, class_names: list[str], model_args: dic
     path = cfg.student_checkpoint or Path(cfg.out) / "burnin.pt"
     checkpoint = load_checkpoint(path)
     check_classes(checkpoint, class_names)
-    stored_args, model_args = with_defaults(checkpoint["model_args"]), with_defaults(model_args)
+    check_same_model(path, checkpoint["model_args"], model_args)
+    return checkpoint
+
+
+def check_same_model(path, stored_args: dict, model_args: dict) -> None:
+    """Raises ValueError if the model of a checkpoint is not that of the run."""
+    stored_args, model_args = with_defaults(stored_args), with_defaults(model_args)
     for name in sorted(stored_args.keys() | model_args.keys()):
         value, stored = model_args.get(name), stored_args.get(name)
         if value != stored:
             raise ValueError(f"{path} has {name} {stored!r}, this run has {value!r}")
-    return checkpoint
 
 
 class Checkpointer:

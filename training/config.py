@@ -49,7 +49,7 @@ class Config:
         1.0, "IoU threshold of mask NMS on pseudo-labels; 1 disables it", max=1, group="beyond the paper"
     )
     full_res_masks: bool = option(False, "pseudo-label masks at full resolution instead of stride 4")
-    mask_quality: float = option(0.0, "keep masks with at least this mean probability inside", max=1)
+    student_from_teacher: bool = option(False, "the student of phase 2 starts as a copy of the teacher")
     finetune_steps: int = option(0, "steps of a last phase on labels only at a tenth of --lr (CAST); 0: none")
     supervised_only: bool = option(
         False, "supervised baseline: labels only, for the steps of all three phases"
@@ -151,6 +151,9 @@ class Config:
             raise ValueError(
                 "--finetune-steps follows distillation, which --supervised-only leaves out; drop one"
             )
+        if self.student_from_teacher and (self.init_from or self.student_checkpoint):
+            other = "--init-from" if self.init_from else "--student-checkpoint"
+            raise ValueError(f"--student-from-teacher says where the student starts; drop {other}")
         if self.teacher_checkpoint and self.student_checkpoint:
             raise ValueError("--student-checkpoint starts at phase 3; drop --teacher-checkpoint")
         self.model_args, self.data_args = self.model_args or {}, self.data_args or {}
@@ -248,7 +251,6 @@ RECIPES = {
     "paper": dict(
         mask_nms_iou=1.0,
         full_res_masks=False,
-        mask_quality=0.0,
         min_area=5,
         strong_view="color",
         finetune_steps=0,
@@ -256,7 +258,6 @@ RECIPES = {
     "robust": dict(
         mask_nms_iou=0.5,
         full_res_masks=True,
-        mask_quality=0.0,
         min_area=5,
         strong_view="color",
     ),

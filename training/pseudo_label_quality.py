@@ -2,6 +2,7 @@
 annotations are never used for training."""
 
 import textwrap
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
@@ -10,25 +11,66 @@ from data import AugmentedDataset, SkipDamaged, collate, stable_seed
 from training.distributed import all_gather_list, rank, to_device, world_size
 from training.run_data import Data
 
+# Sizes of objects: the largest share of the crop's area. 1 % is a tenth of its side, 10 % about a third.
+SIZES = {"small": 0.01, "medium": 0.1, "large": 1.0}
 
-def match_pseudo_labels(pseudo: dict, target: dict, min_iou: float = 0.5) -> tuple[int, float]:
-    """Count the correct pseudo-labels of an image, and sum their mask IoUs. A pseudo-label is correct if
-    it has the class of an object and an IoU of at least min_iou with it, and no pseudo-label of a higher
-    score has found that object.
 
-    pseudo: of one image, as `pseudo_labels` returns it. target: "labels" (N,), "masks" (N, h, w) bool."""
+def match_pseudo_labels(pseudo: dict, target: dict, min_iou: float = 0.5) -> dict[int, tuple[int, float]]:
+    """Match the pseudo-labels of an image to its objects. A pseudo-label is correct if it has the class of
+    an object and an IoU of at least min_iou with it, and no pseudo-label of a higher score has found that
+    object.
+
+    pseudo: of one image, as `pseudo_labels` returns it. target: "labels" (N,), "masks" (N, h, w) bool.
+    Returns {pseudo-label: (object, mask IoU)} of the correct ones."""
     predicted, objects = (t["masks"].flatten(1).float() for t in (pseudo, target))
     intersection = predicted @ objects.T
     union = predicted.sum(1)[:, None] + objects.sum(1) - intersection
     ious = intersection / union.clamp(min=1)
     ious[pseudo["labels"][:, None] != target["labels"]] = 0
-    correct, iou_sum = 0, 0.0
-    for row in pseudo["scores"].argsort(descending=True) if len(objects) else ():
+    matches = {}
+    for row in pseudo["scores"].argsort(descending=True).tolist() if len(objects) else ():
         iou, best = ious[row].max(0)
         if iou >= min_iou:
-            correct, iou_sum = correct + 1, iou_sum + float(iou)
+            matches[row] = int(best), float(iou)
             ious[:, best] = 0
-    return correct, iou_sum
+    return matches
+
+
+def count_by_size(pseudo: dict, target: dict) -> Counter:
+    """Count what the pseudo-labels of an image have found, as (name, size) and as (name, "all"): "pseudo",
+    all pseudo-labels, and "right" by their own size; "objects", "found" and "iou", the sum of the mask IoUs,
+    by the size of the object. Arguments: as of `match_pseudo_labels`."""
+    sizes, objects = size_names(pseudo["masks"]), size_names(target["masks"])
+    counts = Counter([("pseudo", size) for size in sizes] + [("objects", size) for size in objects])
+    for row, (best, iou) in match_pseudo_labels(pseudo, target).items():
+        counts["right", sizes[row]] += 1
+        counts["found", objects[best]] += 1
+        counts["iou", objects[best]] += iou
+    for (name, _), count in list(counts.items()):
+        counts[name, "all"] += count
+    return counts
+
+
+def size_names(masks: Tensor) -> list[str]:
+    """Return the key of SIZES of each of the masks (N, h, w)."""
+    limits = torch.tensor(list(SIZES.values()))
+    shares = masks.flatten(1).float().mean(1)
+    return [list(SIZES)[index] for index in torch.bucketize(shares, limits).tolist()]
+
+
+def quality(counts: Counter, size: str) -> dict:
+    """Return "objects", the number of objects of a size, and "precision", "recall" and "mask_iou" in percent,
+    from sums of `count_by_size`."""
+
+    def percent(part, whole):
+        return 100 * counts[part, size] / max(1, counts[whole, size])
+
+    return {
+        "objects": counts["objects", size],
+        "precision": percent("right", "pseudo"),
+        "recall": percent("found", "objects"),
+        "mask_iou": percent("iou", "found"),
+    }
 
 
 @torch.no_grad()
@@ -38,8 +80,8 @@ def measure_pseudo_labels(predict, data: Data, num_images: int = 200) -> dict:
     predict: from images (B, 3, H, W) uint8 to pseudo-labels, as `pseudo_labels` returns them.
     Returns "images"; "kept", pseudo-labels per image; "score", their mean score; and "classes", their class
     frequencies, beside "labeled_classes", those of the labeled images. If some unlabeled training images have
-    annotations, also "precision", "recall" and "mask_iou" of the correct pseudo-labels, in percent
-    (`match_pseudo_labels`)."""
+    annotations, also "objects", "precision", "recall" and "mask_iou" of the correct pseudo-labels, in percent
+    (`match_pseudo_labels`), and "sizes": the same for each of SIZES."""
     cfg, num_classes = data.cfg, data.num_classes
     # Without annotations an image may show objects that nobody has marked yet.
     held_out = [i for i in sorted(set(data.train.image_ids) - set(data.labeled)) if data.train.annotations(i)]
@@ -47,8 +89,8 @@ def measure_pseudo_labels(predict, data: Data, num_images: int = 200) -> dict:
     ids = sorted(ids, key=lambda i: stable_seed(cfg.seed, "held-out", i))[:num_images]
     views = SkipDamaged(AugmentedDataset(dataset, data.augmentation, labels=bool(held_out)), ids)
     shard = ids[rank() :: world_size()]
-    # Images, pseudo-labels, sum of scores; objects, correct pseudo-labels, sum of their IoUs.
-    sums, classes = torch.zeros(6, dtype=torch.float64), torch.zeros(num_classes, dtype=torch.float64)
+    sums, classes = torch.zeros(3, dtype=torch.float64), torch.zeros(num_classes, dtype=torch.float64)
+    counts = Counter()
     batch_size = cfg.batch // world_size()
     for first in range(0, len(shard), batch_size):
         items = [views[i, stable_seed(cfg.seed, "held-out", i)] for i in shard[first : first + batch_size]]
@@ -58,24 +100,22 @@ def measure_pseudo_labels(predict, data: Data, num_images: int = 200) -> dict:
         batch = collate(items)
         for b, pseudo in enumerate(predict(to_device(batch["image"], data.env))):
             pseudo = {name: value.cpu() for name, value in pseudo.items()}
-            sums[:3] += torch.tensor([1, len(pseudo["labels"]), pseudo["scores"].sum()])
+            sums += torch.tensor([1, len(pseudo["labels"]), pseudo["scores"].sum()])
             classes += torch.bincount(pseudo["labels"], minlength=num_classes)
             if held_out:
                 target = batch["targets"][b]
                 stride = target["masks"].shape[1] // pseudo["masks"].shape[1]
                 masks = nn.functional.avg_pool2d(target["masks"][:, None].float(), stride)[:, 0] > 0.5
-                correct, ious = match_pseudo_labels(pseudo, {"labels": target["labels"], "masks": masks})
-                sums[3:] += torch.tensor([len(masks), correct, ious])
-    images, kept, scores, objects, correct, ious = sum(all_gather_list([sums])).tolist()
+                counts += count_by_size(pseudo, {"labels": target["labels"], "masks": masks})
+    images, kept, scores = sum(all_gather_list([sums])).tolist()
     labels = [label for image_id in data.labeled for label in data.train.labels(image_id)]
-    counts = torch.bincount(torch.tensor(labels, dtype=torch.int64), minlength=num_classes)
+    labeled = torch.bincount(torch.tensor(labels, dtype=torch.int64), minlength=num_classes)
     result = {"images": int(images), "kept": kept / max(1, images), "score": scores / max(1, kept)}
     result["classes"] = class_frequencies(sum(all_gather_list([classes])), data.train.class_names)
-    result["labeled_classes"] = class_frequencies(counts, data.train.class_names)
+    result["labeled_classes"] = class_frequencies(labeled, data.train.class_names)
     if held_out:
-        result["precision"] = 100 * correct / max(1, kept)
-        result["recall"] = 100 * correct / max(1, objects)
-        result["mask_iou"] = 100 * ious / max(1, correct)
+        counts = sum(all_gather_list([counts]), Counter())
+        result |= quality(counts, "all") | {"sizes": {size: quality(counts, size) for size in SIZES}}
     return result
 
 

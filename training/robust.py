@@ -14,8 +14,6 @@ from training.config import Config
 
 def clean_pseudo_labels(targets: list[dict], cfg: Config) -> list[dict]:
     """Apply the options beyond the paper to pseudo-labels, as `burnin.pseudo_labels` returns them."""
-    if cfg.mask_quality > 0:
-        targets = sure_masks(targets, cfg.mask_quality)
     if cfg.mask_nms_iou < 1:
         targets = mask_nms(targets, cfg.mask_nms_iou)
     if cfg.full_res_masks:
@@ -43,17 +41,6 @@ def full_res_masks(targets: list[dict]) -> list[dict]:
     size = [4 * side for side in targets[0]["mask_logits"].shape[1:]]
     upsampled = [resize(target["mask_logits"].float()[:, None], size)[:, 0] for target in targets]
     return [{**target, "masks": logits > 0} for target, logits in zip(targets, upsampled)]
-
-
-def sure_masks(targets: list[dict], min_quality: float) -> list[dict]:
-    """Keep masks with a mean probability of at least min_quality inside (PL-DC)."""
-    kept = []
-    for target in targets:
-        inside = target["mask_logits"] > 0
-        probability = target["mask_logits"].float().sigmoid() * inside
-        quality = probability.sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
-        kept.append(select(target, quality >= min_quality))
-    return kept
 
 
 def large_masks(targets: list[dict], min_share: float) -> list[dict]:

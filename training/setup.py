@@ -21,6 +21,7 @@ from matcher import SetCriterion
 from model import Mask2Former
 from training.auto import choose_options, fit_steps, measure_facts, measure_step_seconds
 from training.checkpoint import (
+    check_same_model,
     has_checkpoints,
     load_student_checkpoint,
     load_teacher_checkpoint,
@@ -194,7 +195,9 @@ def check_model(cfg: Config, data: Data) -> None:
             raise ValueError(f"--backbone-weights {cfg.backbone_weights}: {error}") from None
     names = data.train.class_names
     if cfg.teacher_checkpoint:
-        load_teacher_checkpoint(cfg, names)
+        teacher = load_teacher_checkpoint(cfg, names)
+        if cfg.student_from_teacher:
+            check_same_model(cfg.teacher_checkpoint, teacher["model_args"], args)
     if cfg.student_checkpoint:
         load_student_checkpoint(cfg, names, args)
     if cfg.init_from:
