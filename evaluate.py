@@ -128,22 +128,22 @@ def predict_batch(
 
 
 def predict_image(
-    model: nn.Module, image: Image.Image, env: Env = CPU, *, test_size=(0, 0), tile=0, threshold=0.0
-) -> dict:
+    model: nn.Module, image: Image.Image, env: Env = CPU, *, test_size=(0, 0), tile=0, threshold=0.0,
+    batch_size=8,
+) -> dict:  # fmt: skip
     """Return the `instances` of one image as RLEs, those with a score above the threshold.
 
     test_size: to which the image is resized for the model. tile: the side of overlapping windows that are
-    predicted one by one and joined (training.tiles); 0: the whole image at once."""
+    predicted, batch_size at once, and joined (training.tiles); 0: the whole image."""
+    threshold = max(threshold, MIN_SCORE) if tile else threshold
 
-    def predict(image: Image.Image, threshold: float) -> dict:
-        resized = resize_for_test(image, test_size, tile)
-        result = predict_batch(model, [to_tensor(resized)], [(image.height, image.width)], env)[0]
-        count = int((result["scores"] > threshold).sum())  # the best come first
-        return {name: values[:count] for name, values in result.items()}
+    def predict(images: list[Image.Image]) -> list[dict]:
+        resized = [to_tensor(resize_for_test(image, test_size, tile)) for image in images]
+        results = predict_batch(model, resized, [(image.height, image.width) for image in images], env)
+        counts = [int((result["scores"] > threshold).sum()) for result in results]  # the best come first
+        return [{k: v[:count] for k, v in result.items()} for result, count in zip(results, counts)]
 
-    if not tile:
-        return predict(image, threshold)
-    return predict_tiles(lambda window: predict(window, max(threshold, MIN_SCORE)), image, tile)
+    return predict_tiles(predict, image, tile, batch_size) if tile else predict([image])[0]
 
 
 def resize_for_test(image: Image.Image, sides=(0, 0), tile=0) -> Image.Image:
@@ -163,7 +163,7 @@ def evaluate(
         test_size: shorter side and limit of the longer side to which images are resized, pixels; 0: as
         they are.
         tile: side of the windows that are predicted and joined, pixels; 0: whole images (`predict_image`).
-        batch_size: images per forward pass, where neighbors have the same size; windows come one by one.
+        batch_size: images per forward pass, where neighbors have the same size, or windows of an image.
 
     Returns {"AP", "AP50", "AP75", "APs", "APm", "APl", "per_class": {name: AP}}; -1 where there is no
     object. If an image has more than 100 objects, also "AP_all", which counts all detections. On Cityscapes
@@ -188,7 +188,8 @@ def evaluate(
         batch = [i for i in shard[: 1 if tile else batch_size] if sizes[i] == sizes[shard[0]]]
         shard = shard[len(batch) :]
         if tile:
-            results = [predict_image(model, dataset.image(batch[0]), env, test_size=test_size, tile=tile)]
+            settings = {"test_size": test_size, "tile": tile, "batch_size": batch_size}
+            results = [predict_image(model, dataset.image(batch[0]), env, **settings)]
         else:
             images = [to_tensor(resize_for_test(dataset.image(i), test_size)) for i in batch]
             results = predict_batch(model, images, [dataset.size(i) for i in batch], env, top_k)

@@ -1,5 +1,7 @@
 """Tests of training/tiles.py: windows that overlap find each object of an image once."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -33,6 +35,11 @@ def perfect(image):
     }
 
 
+def each(predict):
+    """Predict windows one by one."""
+    return lambda windows: [predict(window) for window in windows]
+
+
 def found(result):
     """Return the instances of a result as a sorted list of (label, counts of the RLE)."""
     return sorted(zip(result["labels"].tolist(), (rle["counts"] for rle in result["rles"])))
@@ -55,9 +62,23 @@ SCENES = {
 @pytest.mark.parametrize("scene", SCENES)
 def test_a_perfect_model_finds_each_object_of_the_image_once(scene, side):
     image = draw(SCENES[scene])
-    whole, tiled = perfect(image), predict_tiles(perfect, image, side)
+    whole, tiled = perfect(image), predict_tiles(each(perfect), image, side)
     assert found(tiled) == found(whole) and (found(whole) or scene == "nothing")
     assert (tiled["scores"][:-1] >= tiled["scores"][1:]).all()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_windows_are_predicted_in_batches_of_one_size(batch_size):
+    image, batches = draw(SCENES["small objects"]), []
+
+    def predict(windows):
+        batches.append([window.size for window in windows])
+        return each(perfect)(windows)
+
+    assert found(predict_tiles(predict, image, 128, batch_size)) == found(perfect(image))
+    count = len(window_starts(image.width, 128)) * len(window_starts(image.height, 128))
+    assert sum(map(len, batches)) == count and set(sum(batches, [])) == {(128, 128)}
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (math.ceil(count / batch_size) - 1)
 
 
 def test_objects_of_other_classes_are_not_joined():
@@ -69,7 +90,7 @@ def test_objects_of_other_classes_are_not_joined():
         result = perfect(window)
         return {**result, "labels": result["labels"] + next(windows)}
 
-    assert len(set(predict_tiles(undecided, image, 250)["labels"].tolist())) > 1
+    assert len(set(predict_tiles(each(undecided), image, 250)["labels"].tolist())) > 1
 
 
 def test_a_cut_piece_within_an_object_of_another_window_is_dropped():
@@ -86,14 +107,15 @@ def test_a_cut_piece_within_an_object_of_another_window_is_dropped():
 
     [starts] = [window_starts(350, 200)]
     assert starts == [0, 150]
-    result = predict_tiles(half, image, 200)
+    result = predict_tiles(each(half), image, 200)
     assert found(result) == found(perfect(image))
 
 
 def test_the_joined_object_has_the_highest_score():
     scores = iter([0.3, 0.9, 0.6])
     image = draw([(0, 0, 100, 250, 1)], size=(100, 250))
-    result = predict_tiles(lambda w: {**perfect(w), "scores": torch.tensor([next(scores)])}, image, 100)
+    best = each(lambda window: {**perfect(window), "scores": torch.tensor([next(scores)])})
+    result = predict_tiles(best, image, 100)
     assert result["scores"].tolist() == pytest.approx([0.9]) and next(scores, None) is None
 
 
@@ -133,4 +155,4 @@ def test_a_window_may_have_hundreds_of_objects():
         pixels[top:bottom, left:right, :2] = number % 256, number // 256
     image = Image.fromarray(pixels)
     assert len(specks(image.crop((0, 0, 100, 100)))["rles"]) > 300
-    assert found(predict_tiles(specks, image, 100)) == found(specks(image))
+    assert found(predict_tiles(each(specks), image, 100)) == found(specks(image))

@@ -220,20 +220,22 @@ def find_pseudo_labels(
     test_size, tile: as in `evaluate.predict_image`."""
     highest = []
 
-    def predict(image: Image.Image) -> dict:
-        resized = resize_for_test(image, test_size, tile)
+    def predict(images: list[Image.Image]) -> list[dict]:
+        resized, results = [resize_for_test(image, test_size, tile) for image in images], []
         with autocast(env):
-            outputs = model(to_tensor(resized)[None].to(env.device))
+            outputs = model(torch.stack([to_tensor(image) for image in resized]).to(env.device))
         highest.append(float(outputs["pred_logits"].float().softmax(-1)[..., :-1].max()))
-        [pseudo] = mask_nms(pseudo_labels(outputs, score_threshold, min_area), mask_nms_iou)
-        rles = []
-        if len(pseudo["scores"]):
-            sizes = (resized.height, resized.width), (image.height, image.width)
-            for masks, _ in upsample_masks(pseudo["mask_logits"], *sizes):
-                rles += encode_masks(masks)
-        return {"scores": pseudo["scores"], "labels": pseudo["labels"], "rles": rles}
+        found = mask_nms(pseudo_labels(outputs, score_threshold, min_area), mask_nms_iou)
+        for image, small, pseudo in zip(images, resized, found):
+            rles = []
+            if len(pseudo["scores"]):
+                sizes = (small.height, small.width), (image.height, image.width)
+                for masks, _ in upsample_masks(pseudo["mask_logits"], *sizes):
+                    rles += encode_masks(masks)
+            results.append({"scores": pseudo["scores"], "labels": pseudo["labels"], "rles": rles})
+        return results
 
-    result = predict_tiles(predict, image, tile) if tile else predict(image)
+    result = predict_tiles(predict, image, tile) if tile else predict([image])[0]
     return {**result, "highest": max(highest)}
 
 

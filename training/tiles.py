@@ -39,7 +39,7 @@ class Piece:
     is_cut: bool
 
 
-def predict_tiles(predict, image: Image.Image, side: int) -> dict:
+def predict_tiles(predict, image: Image.Image, side: int, batch_size: int = 8) -> dict:
     """Predict the instances of an image from windows of side x side pixels.
 
     Instances of two windows are one object if they have the same class and, in the pixels that the windows
@@ -48,8 +48,9 @@ def predict_tiles(predict, image: Image.Image, side: int) -> dict:
     class in another window.
 
     Args:
-        predict: a function from a window to its instances {"scores" (N,), "labels" (N,), "rles"}. It should
-            leave out low scores, because all pieces are compared.
+        predict: a function from a list of windows, which have one size, to the instances {"scores" (N,),
+            "labels" (N,), "rles"} of each. It should leave out low scores, because all pieces are compared.
+        batch_size: windows that are predicted at once.
 
     Returns the same for the whole image, best first."""
     W, H = image.size
@@ -57,13 +58,18 @@ def predict_tiles(predict, image: Image.Image, side: int) -> dict:
     windows = [(x, y, min(x + side, W), min(y + side, H)) for y in tops for x in lefts]
     pieces, members = [], []  # members: the indices of the pieces of each window
     many = len(windows) > 50 and rank() == 0
-    for box in tqdm(windows, desc="windows", leave=False, disable=None if many else True):
-        result = predict(image.crop(box))
-        first = len(pieces)
-        for score, label, rle in zip(result["scores"].tolist(), result["labels"].tolist(), result["rles"]):
-            if rle_tools.area(rle):
-                pieces.append(Piece(score, label, rle, box, is_cut(rle, box, W, H)))
-        members.append(range(first, len(pieces)))
+    bar = tqdm(total=len(windows), desc="windows", leave=False, disable=None if many else True)
+    for n in range(0, len(windows), batch_size):
+        boxes = windows[n : n + batch_size]
+        for box, result in zip(boxes, predict([image.crop(box) for box in boxes])):
+            first = len(pieces)
+            values = result["scores"].tolist(), result["labels"].tolist(), result["rles"]
+            for score, label, rle in zip(*values):
+                if rle_tools.area(rle):
+                    pieces.append(Piece(score, label, rle, box, is_cut(rle, box, W, H)))
+            members.append(range(first, len(pieces)))
+        bar.update(len(boxes))
+    bar.close()
 
     joined, containers = [], [[] for _ in pieces]
     for (box_a, a), (box_b, b) in itertools.combinations(zip(windows, members), 2):
