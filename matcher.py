@@ -71,39 +71,50 @@ class HungarianMatcher(nn.Module):
     def match(self, predictions: list[dict], targets: list[dict]) -> list[list[tuple[Tensor, Tensor]]]:
         """Match T predictions, with a single copy from the GPU. Returns T lists of B pairs, as `forward`
         does."""
+        if not targets:
+            return [[] for _ in predictions]
+        maps = predictions[0]["mask_features" if "mask_embed" in predictions[0] else "pred_masks"]
+        points = torch.stack([torch.rand(self.num_points, 2, device=maps.device) for _ in targets])
+        # The pixels around the points of all images at once: that takes a GPU a third fewer launches.
+        sizes = {maps.shape[2:], *(target["masks"].shape[1:] for target in targets)}
+        corners = {size: bilinear_corners(points, *size) for size in sizes}
         costs = []  # B times (T, Q, N)
         for b, target in enumerate(targets):
             class_logits = torch.stack([p["pred_logits"][b] for p in predictions])
             if "mask_embed" in predictions[0]:
-                maps = predictions[0]["mask_features"][b]  # the same for all predictions
+                features = maps[b]  # the same for all predictions
                 embed = torch.cat([p["mask_embed"][b] for p in predictions])
             else:
-                maps, embed = torch.cat([p["pred_masks"][b] for p in predictions]), None
-            points = torch.rand(self.num_points, 2, device=maps.device)
-            costs.append(self.cost_matrix(class_logits, maps, embed, target, points))
+                features, embed = torch.cat([p["pred_masks"][b] for p in predictions]), None
+            own = {size: (index[b], weights[b]) for size, (index, weights) in corners.items()}
+            costs.append(self.cost_matrix(class_logits, features, embed, target, points[b], own))
         flat = torch.cat([cost.flatten() for cost in costs]).cpu()
         flat = flat.nan_to_num(1e9, 1e9)  # scipy refuses non-finite costs; the losses will show them
         costs = [part.view(cost.shape) for part, cost in zip(flat.split([c.numel() for c in costs]), costs)]
         pairs = [[linear_sum_assignment(cost[t].numpy()) for cost in costs] for t in range(len(predictions))]
         return [[tuple(torch.as_tensor(i, dtype=torch.int64) for i in pair) for pair in row] for row in pairs]
 
-    def cost_matrix(self, class_logits, maps, embed, target, points) -> Tensor:
+    def cost_matrix(self, class_logits, maps, embed, target, points, corners=None) -> Tensor:
         """Return the costs (T, Q, N) of one image.
 
         Args:
             class_logits: (T, Q, K+1). points: (P, 2).
-            maps, embed: mask logits (T * Q, h, w) and None; or their factors (C, h, w) and (T * Q, C)."""
+            maps, embed: mask logits (T * Q, h, w) and None; or their factors (C, h, w) and (T * Q, C).
+            corners: `bilinear_corners` of the points, by the size of maps and of masks; default: computed."""
         labels, masks = target["labels"], target["masks"]
+        sizes = maps.shape[1:], masks.shape[1:]
+        corners = corners or {size: bilinear_corners(points, *size) for size in sizes}
+        (map_index, map_weights), (mask_index, mask_weights) = (corners[size] for size in sizes)
         with torch.autocast(maps.device.type, enabled=False):
             rows = maps.float().flatten(1).T.contiguous()
             softplus, p_sum, t_sum, t_x, t_p = 0, 0, 0, 0, 0  # sums over the points
             chunk = MAX_LOGITS_PER_CHUNK.get(maps.device.type, 2**21) // class_logits[:, :, 0].numel()
-            for part in points.split(max(1, chunk)):
-                x = sample_shared_points(rows, *maps.shape[1:], part)  # (P, T * Q) or (P, C)
+            for start in range(0, len(points), max(1, chunk)):
+                part = slice(start, start + max(1, chunk))
+                x = sample_rows(rows, map_index[part], map_weights[part])  # (P, T * Q) or (P, C)
                 if embed is not None:  # sampling commutes with the product of embeddings and features
                     x = x @ embed.float().T  # (P, T * Q)
-                index, weights = bilinear_corners(part, *masks.shape[1:])
-                t = (masks.flatten(1)[:, index] * weights).sum(2)  # (N, P)
+                t = (masks.flatten(1)[:, mask_index[part]] * mask_weights[part]).sum(2)  # (N, P)
                 p = x.sigmoid()
                 softplus, p_sum, t_sum = softplus + F.softplus(x).sum(0), p_sum + p.sum(0), t_sum + t.sum(1)
                 t_x, t_p = t_x + t @ x, t_p + t @ p
@@ -171,55 +182,60 @@ class SetCriterion(nn.Module):
         num_objects = torch.as_tensor(num_objects).clamp(min=1)
 
         with torch.autocast(class_logits.device.type, enabled=False):
-            indices = self.matched_indices(pairs, targets)  # (5, G)
-            max_repeats = max(indices[4].tolist(), default=-1) + 1  # pairs of one object
-            layer, image, query, objects, repeat = indices.to(class_logits.device, non_blocking=True)
+            indices = self.matched_indices(pairs, targets, num_queries=class_logits.shape[2])  # (4, G)
+            max_repeats = max(indices[3].tolist(), default=-1) + 1  # pairs of one object
+            layer, slot, objects, repeat = indices.to(class_logits.device, non_blocking=True)
             labels = torch.cat([target["labels"] for target in targets])[objects]
             masks = torch.cat([target["masks"] for target in targets])
-            loss_ce = self.class_loss(class_logits, layer, image, query, labels)  # (T,)
-            mask_logits = self.gather_mask_logits(predictions, query, pairs)
+            loss_ce = self.class_loss(class_logits, slot, labels)  # (T,)
+            mask_logits = self.gather_mask_logits(predictions, slot, pairs)
             mask_losses = self.mask_losses(mask_logits, masks, objects, repeat, max_repeats)  # (2, G)
             T = len(predictions)
             loss_mask, loss_dice = mask_losses.new_zeros(2, T).index_add(1, layer, mask_losses) / num_objects
 
         suffixes = [f"_{t}" for t in range(T - 1)] + [""]
         losses = zip(("loss_ce", "loss_mask", "loss_dice"), self.weights, (loss_ce, loss_mask, loss_dice))
-        return {f"{key}{suffix}": w * loss[t] for key, w, loss in losses for t, suffix in enumerate(suffixes)}
+        # unbind(), because indexing has a backward pass for each element.
+        rows = [(key, (weight * loss).unbind()) for key, weight, loss in losses]
+        return {f"{key}{suffix}": value for key, row in rows for suffix, value in zip(suffixes, row)}
 
-    def matched_indices(self, pairs, targets) -> Tensor:
-        """Return (5, G) on the CPU, image by image: each pair's prediction, image, query and object (counted
-        over the batch), and its number among the pairs of that object, of which there are up to T."""
+    def matched_indices(self, pairs, targets, num_queries: int) -> Tensor:
+        """Return (4, G) on the CPU, image by image: each pair's prediction, its query (counted over all
+        predictions and images) and its object (counted over the batch), and its number among the pairs of
+        that object, of which there are up to T."""
         starts = torch.tensor([0] + [len(target["labels"]) for target in targets]).cumsum(0)
         parts = [
-            torch.stack([torch.full_like(query, t), torch.full_like(query, b), query, target + starts[b]])
+            torch.stack(
+                [torch.full_like(query, t), (t * len(targets) + b) * num_queries + query, target + starts[b]]
+            )
             for b, images in enumerate(zip(*pairs))
             for t, (query, target) in enumerate(images)
         ]
         matched = torch.cat(parts, dim=1)
-        objects, order = matched[3].sort(stable=True)
+        objects, order = matched[2].sort(stable=True)
         repeat = torch.empty_like(objects)
         repeat[order] = torch.arange(len(objects)) - torch.searchsorted(objects, objects)
         return torch.cat([matched, repeat[None]])
 
-    def gather_mask_logits(self, predictions: list[dict], query: Tensor, pairs) -> Tensor:
-        """Return the mask logits (G, h, w) of the matched queries (G,). pairs: of
-        `HungarianMatcher.match`."""
-        counts = [[len(queries) for queries, _ in images] for images in zip(*pairs)]  # B times T
-        queries = iter(query.split([n for image in counts for n in image]))
-        chosen = [[(p, next(queries)) for p, _ in zip(predictions, image)] for image in counts]
+    def gather_mask_logits(self, predictions: list[dict], slot: Tensor, pairs) -> Tensor:
+        """Return the mask logits (G, h, w) of the matched queries. slot: (G,), as in `matched_indices`.
+        pairs: of `HungarianMatcher.match`."""
         if "mask_embed" not in predictions[0]:
-            gathered = [p["pred_masks"][b, q] for b, image in enumerate(chosen) for p, q in image]
-            return torch.cat(gathered).float()
+            chosen = [
+                (p, b, q) for b, images in enumerate(zip(*pairs)) for p, (q, _) in zip(predictions, images)
+            ]
+            return torch.cat([p["pred_masks"][b, q.to(slot.device)] for p, b, q in chosen]).float()
         features = predictions[0]["mask_features"]
         rows = features.flatten(2).mT.unbind()  # B times (h * w, C), without a copy if channels are last
-        embed = [torch.cat([p["mask_embed"][b, q] for p, q in image]) for b, image in enumerate(chosen)]
-        mask_logits = torch.cat([e @ row.T for e, row in zip(embed, rows)])
+        embed = torch.stack([p["mask_embed"] for p in predictions]).flatten(0, 2).index_select(0, slot)
+        counts = [sum(len(queries) for queries, _ in images) for images in zip(*pairs)]
+        mask_logits = torch.cat([e @ row.T for e, row in zip(embed.split(counts), rows)])
         return mask_logits.float().unflatten(1, features.shape[2:])
 
-    def class_loss(self, class_logits, layer, image, query, labels) -> Tensor:
+    def class_loss(self, class_logits, slot, labels) -> Tensor:
         """Return the cross-entropy (T,) over all queries of each prediction, a mean weighted by class."""
         classes = torch.full(class_logits.shape[:3], self.num_classes, device=class_logits.device)
-        classes[layer, image, query] = labels
+        classes.view(-1)[slot] = labels
         weights = self.class_weights[classes]  # (T, B, Q)
         losses = F.cross_entropy(class_logits.flatten(0, 2), classes.flatten(), reduction="none")
         losses = weights * losses.view_as(weights)
@@ -265,11 +281,10 @@ def sample_points(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps[:, None].to(points.dtype), grid, align_corners=False)[:, 0, :, 0]
 
 
-def sample_shared_points(rows: Tensor, H: int, W: int, points: Tensor) -> Tensor:
-    """Sample C maps bilinearly at the same points (P, 2), zero outside. rows: the maps pixel by pixel, (H
-    * W, C).
+def sample_rows(rows: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Sample C maps bilinearly at the same points, zero outside. rows: the maps pixel by pixel, (H * W, C).
+    index, weights: of `bilinear_corners`, (P, 4).
     Returns (P, C). Each sample is a weighted sum of four rows, which is faster than grid_sample."""
-    index, weights = bilinear_corners(points, H, W)
     return F.embedding_bag(index, rows, per_sample_weights=weights, mode="sum")
 
 

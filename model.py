@@ -24,6 +24,7 @@ Letters in shapes: B images, C hidden_dim, H W pixels of the padded images, h w 
 Q queries, M heads, D = C/M, L levels (strides 32, 16, 8 in this order), P points, S = sum of H_l * W_l over
 the levels, N queries of an attention layer."""
 
+import functools
 import inspect
 import math
 from collections.abc import Iterator, Mapping
@@ -198,6 +199,22 @@ class Outputs(Mapping):
         return len(self.stored.keys() | {"pred_masks"})
 
 
+def cached(function):
+    """Remember the last results of a function whose arguments are numbers, a device and a dtype. They are no
+    inference tensors, so that training may use them, and a graph that is traced computes them anew."""
+
+    @functools.lru_cache(maxsize=16)
+    def compute(*args):
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args)
+
+    @functools.wraps(function)
+    def call(*args):
+        return function(*args) if torch.compiler.is_compiling() else compute(*args)
+
+    return call
+
+
 # -------------------------------------------------------------------------------------------------- backbone
 
 
@@ -308,12 +325,18 @@ class FeaturePyramid(nn.Module):
         self.body, self.channels, self.multiple = body, body.feature_info.channels(), multiple
         self.channels_last = getattr(body, "output_fmt", "NCHW") == "NHWC"
         self.norms = nn.ModuleList(nn.LayerNorm(C) for C in self.channels if self.channels_last)
+        self.folded_convs = [module for module in body.modules() if isinstance(module, ConvFrozenBN)]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         H, W = images.shape[2:]
         if self.multiple != STRIDES[-1]:
             images = F.pad(images, (0, -W % self.multiple, 0, -H % self.multiple))
+        if self.folded_convs:
+            for conv, folded in zip(self.folded_convs, fold_norms(self.folded_convs)):
+                conv.folded = folded
         features = self.body(images)
+        for conv in self.folded_convs:
+            conv.folded = None  # Weights may change before the next pass.
         if self.channels_last:
             features = [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, features)]
         if self.multiple != STRIDES[-1]:
@@ -351,11 +374,18 @@ class ConvFrozenBN(nn.Conv2d):
     """Compute a convolution and the frozen batch norm after it in one step, by scaling the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = self.norm[0]  # In a tuple it is not a submodule, so parameters keep their names.
-        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-        bias = norm.bias - norm.running_mean * scale
+        scale, bias = self.folded or fold_norms([self])[0]
         weight = self.weight * scale.view(-1, 1, 1, 1)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+def fold_norms(convs: list[ConvFrozenBN]) -> list[tuple[Tensor, Tensor]]:
+    """Return the scale and the bias of each convolution's norm, all in a few kernel launches."""
+    norms = [conv.norm[0] for conv in convs]
+    variances = torch._foreach_add([n.running_var for n in norms], [n.eps for n in norms])
+    scales = torch._foreach_mul([n.weight for n in norms], torch._foreach_rsqrt(variances))
+    shifts = torch._foreach_mul([n.running_mean for n in norms], scales)
+    return list(zip(scales, torch._foreach_sub([n.bias for n in norms], shifts)))
 
 
 class IdentityNorm(FrozenBatchNorm2d):
@@ -375,7 +405,9 @@ def fold_frozen_batch_norms(body: nn.Module) -> None:
             norm_name = str(int(name) + 1) if name.isdecimal() else name.replace("conv", "bn")
             norm = children.get(norm_name)
             if type(conv) is nn.Conv2d and conv.bias is None and type(norm) is FrozenBatchNorm2d:
-                conv.__class__, norm.__class__, conv.norm = ConvFrozenBN, IdentityNorm, (norm,)
+                conv.__class__, norm.__class__ = ConvFrozenBN, IdentityNorm
+                conv.norm = (norm,)  # In a tuple it is not a submodule, so parameters keep their names.
+                conv.folded = None
 
 
 def replace_batch_norms(module: nn.Module) -> None:
@@ -449,12 +481,10 @@ class PixelDecoder(nn.Module):
         levels = [proj(feature) for proj, feature in zip(self.input_proj, reversed(coarser))]
         shapes = [tuple(level.shape[-2:]) for level in levels]
         positions = torch.cat(
-            [sine_positions(level).flatten(1).T + embed for level, embed in zip(levels, self.level_embed)]
+            [position_rows(level) + embed for level, embed in zip(levels, self.level_embed)]
         )  # (S, C)
-        dtype = self.level_embed.dtype
-        reference_points = torch.cat(
-            [pixel_centers(H, W, stride_4.device, dtype) for H, W in shapes]
-        )  # (S, 2)
+        device, dtype = stride_4.device, self.level_embed.dtype
+        reference_points = torch.cat([pixel_centers(H, W, device, dtype) for H, W in shapes])  # (S, 2)
 
         x = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)  # (B, S, C)
         for layer in self.layers:
@@ -520,8 +550,8 @@ class MSDeformAttn(nn.Module):
         # A bfloat16 offset would be off by up to 0.06 pixels, so this part is fp32 under autocast too.
         with torch.autocast(query.device.type, enabled=False):
             query = query.to(self.sampling_offsets.weight.dtype)
-            sizes = torch.tensor([(W, H) for H, W in spatial_shapes], dtype=query.dtype)
-            sizes = sizes.to(query.device, non_blocking=True)[:, None].expand(M, L, P, 2).reshape(-1)
+            sizes = level_sizes(tuple(spatial_shapes), query.device, query.dtype)
+            sizes = sizes[:, None].expand(M, L, P, 2).reshape(-1)
             offsets = (self.sampling_offsets(query) / sizes).view(B, N, M, L, P, 2)
             locations = reference_points[:, None, None, None, :] + offsets  # (B, N, M, L, P, 2)
             weights = self.attention_weights(query).view(B, N, M, L * P).transpose(2, 3)
@@ -529,6 +559,12 @@ class MSDeformAttn(nn.Module):
             weights = weights.transpose(2, 3).unflatten(3, (L, P))  # (B, N, M, L, P)
         attend = fastest_ms_deform_attn(value.device)
         return self.output_proj(attend(value, spatial_shapes, locations, weights))
+
+
+@cached
+def level_sizes(spatial_shapes: tuple, device, dtype) -> Tensor:
+    """Return the sizes of the levels as (W, H): (L, 2)."""
+    return torch.tensor([(W, H) for H, W in spatial_shapes], device=device, dtype=dtype)
 
 
 def ms_deform_attn(
@@ -618,9 +654,9 @@ class TransformerDecoder(nn.Module):
         values = [
             level.flatten(2).transpose(1, 2) + embed for level, embed in zip(levels, self.level_embed.weight)
         ]  # (B, H_l * W_l, C)
-        keys = [
-            value + sine_positions(level).flatten(1).T.to(value.dtype) for value, level in zip(values, levels)
-        ]
+        keys = [value + position_rows(level).to(value.dtype) for value, level in zip(values, levels)]
+        # Three layers attend to each level. Autocast would cast it for each of them.
+        keys, values = ([cast_like_autocast(x) for x in tensors] for tensors in (keys, values))
         queries = self.query_features.weight.expand(B, -1, -1)  # (B, Q, C)
         query_positions = self.query_positions.weight
 
@@ -647,8 +683,7 @@ def attention_mask(mask_embed: Tensor, mask_features: Tensor) -> Tensor:
 
     mask_embed: (B, Q, C), mask_features: (B, C, H_l, W_l). Returns (B, 1, Q, H_l * W_l) bool, True where a
     query may attend, the same for all heads. It carries no gradient (section 3.2.1)."""
-    mask_logits = mask_embed.detach() @ mask_features.detach().flatten(2)
-    attend = mask_logits.float().sigmoid() >= 0.5
+    attend = mask_embed.detach() @ mask_features.detach().flatten(2) >= 0  # a probability of at least 0.5
     return (attend | ~attend.any(dim=-1, keepdim=True)).unsqueeze(1)
 
 
@@ -690,7 +725,9 @@ class Attention(nn.Module):
         """Attend with query (B, N, C) to key and value (B, S, C). Returns (B, N, C).
 
         mask: (B, 1, N, S) bool, True where a query may attend."""
-        projections = zip((query, key, value), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
+        # Cast as a whole, because autocast would cast each of the three views at each of its uses.
+        weight, bias = cast_like_autocast(self.in_proj_weight), cast_like_autocast(self.in_proj_bias)
+        projections = zip((query, key, value), weight.chunk(3), bias.chunk(3))
         heads = [
             linear(x, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for x, weight, bias in projections
@@ -700,6 +737,12 @@ class Attention(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- shared parts
+
+
+def cast_like_autocast(x: Tensor) -> Tensor:
+    """Cast as autocast casts the weight of a linear layer, if it is enabled."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class Linear(nn.Linear):
@@ -727,6 +770,7 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
+@cached
 def pixel_centers(H: int, W: int, device=None, dtype=None) -> Tensor:
     """Return the center of each pixel, row by row, as (x, y) in [0, 1]: (H * W, 2)."""
     y = (torch.arange(H, device=device, dtype=dtype) + 0.5) / H
@@ -734,13 +778,19 @@ def pixel_centers(H: int, W: int, device=None, dtype=None) -> Tensor:
     return torch.stack([x.expand(H, W), y[:, None].expand(H, W)], dim=-1).flatten(0, 1)
 
 
-def sine_positions(feature: Tensor, temperature: float = 10000.0) -> Tensor:
-    """Compute DETR's sine position embedding for a feature map (B, C, H, W).
+def position_rows(feature: Tensor) -> Tensor:
+    """Return the `sine_positions` of a feature map (B, C, H, W), row by row: (H * W, C)."""
+    dtype = torch.promote_types(feature.dtype, torch.float32)
+    return sine_positions(*feature.shape[1:], feature.device, dtype).flatten(1).T
+
+
+@cached
+def sine_positions(C: int, H: int, W: int, device=None, dtype=None, temperature: float = 10000.0) -> Tensor:
+    """Compute DETR's sine position embedding for a feature map of C channels.
 
     Returns (C, H, W): y in the first C/2 channels, x in the others; sines in even channels, cosines in odd
     ones."""
-    C, H, W = feature.shape[1:]
-    kwargs = {"device": feature.device, "dtype": torch.promote_types(feature.dtype, torch.float32)}
+    kwargs = {"device": device, "dtype": dtype}
     index = torch.arange(C // 2, **kwargs)
     frequency = temperature ** (2 * (index // 2) / (C // 2))
 

@@ -210,7 +210,7 @@ def test_pixel_centers_run_row_by_row():
 @pytest.mark.parametrize("C, H, W", [(8, 3, 5), (32, 7, 4)])
 def test_sine_positions_equal_the_formula_of_detr(C, H, W):
     """y in the first half of the channels; sine in even channels, cosine in odd ones."""
-    positions = sine_positions(torch.zeros(2, C, H, W, dtype=torch.float64))
+    positions = sine_positions(C, H, W, None, torch.float64)
     assert positions.shape == (C, H, W)
     for c, i, j in np.ndindex(C, H, W):
         count, size, channel = (i + 1, H, c) if c < C // 2 else (j + 1, W, c - C // 2)
