@@ -1,7 +1,7 @@
 """--preset auto: choose the options of a run from the images and the machine.
 
     facts = measure_facts(train, labeled, device)
-    choices = choose_options(facts, given={"crop": (512, 512)})    # {"lr": (5e-4, "for a small model"), ...}
+    choices = choose_options(facts, given={"crop": (512, 512)})    # {"lr": (1e-3, "for a small model"), ...}
 
 Every choice has a reason, which the banner prints. An option that was given as a flag is not chosen, and
 the choices that depend on it follow it."""
@@ -233,7 +233,7 @@ def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
     if on_gpu:
         choose("lr", round(1e-4 * math.sqrt(batch / 16), 8), "the paper's 1e-4 for 16 images, times sqrt(k)")
     else:
-        choose("lr", 5e-4, "for a small model and a short run")
+        choose("lr", 1e-3, "for a small model and a short run")
         choose("clip_grad_norm", 1.0, "goes with the learning rate")
     choose("schedule", "cosine", "for short runs")
     choose("ema_decay", ema_decay(steps[2]), "averages over half of the last phase at most")
