@@ -51,59 +51,84 @@ def ms_deform_attn(
             f"cannot split value: it has {value.shape[1]} positions, which are not those of the levels "
             f"{list(spatial_shapes)}"
         )
-    value = value.to(sampling_locations.dtype)
-    return MSDeformAttnFunction.apply(value, sampling_locations, attention_weights, spatial_shapes)
+    sizes = [side for size in spatial_shapes for side in size]
+    return attend(value.to(sampling_locations.dtype), sampling_locations, attention_weights, sizes)
 
 
-class MSDeformAttnFunction(torch.autograd.Function):
-    """Compute `ms_deform_attn` and its gradients with sums of rows (embedding_bag), image by image."""
+# Sums of rows (embedding_bag), image by image: the rows of one image fit into the CPU's cache. Registered as
+# operators of torch.library, so that torch.compile can treat them as black boxes. sizes: of the levels, one
+# after the other.
 
-    @staticmethod
-    def forward(ctx, value, locations, weights, spatial_shapes):
-        ctx.save_for_backward(value, locations, weights)
-        ctx.levels = levels = PaddedLevels(spatial_shapes, value.shape[2])
-        outputs = []
-        for v, loc, w in zip(value, locations, weights):  # The rows of one image fit into the CPU's cache.
-            rows = levels.pad(v)
-            index, x, y, _ = levels.corners(loc)
-            corner_weights = split_to_corners(w.reshape(index.shape), x, y)
-            parts = (
-                F.embedding_bag(index, rows[shift:], per_sample_weights=corner_weight, mode="sum")
-                for shift, corner_weight in zip(levels.shifts, corner_weights)
-            )
-            total = next(parts)
-            for part in parts:
-                total += part
-            outputs.append(total.view(loc.shape[0], -1))  # (N * M, D) -> (N, M * D)
-        return torch.stack(outputs)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
-        levels, grads = ctx.levels, []
-        for v, loc, w, grad in zip(*ctx.saved_tensors, grad_output):
-            rows, grad = levels.pad(v), grad.reshape(-1, v.shape[-1])  # (R, D), (N * M, D)
-            index, x, y, pixels_per_location = levels.corners(loc)
-            a = w.reshape(index.shape)  # (N * M, L * P)
-            # The derivative by each of a sample's four matrix entries, named g<column><line>.
-            g00, g10, g01, g11 = (gathered_dot(grad, index, rows[shift:]) for shift in levels.shifts)
-            upper, lower = g00.lerp(g10, x), g01.lerp(g11, x)
-            grad_w = upper.lerp(lower, y)
-            grad_x, grad_y = a * (g10 - g00).lerp(g11 - g01, y), a * (lower - upper)
-            grad_loc = torch.stack([grad_x, grad_y], dim=-1).view_as(pixels_per_location)
-            grad_loc = grad_loc * pixels_per_location
-            # The product with the transposed matrix: samples are sorted by the row of their upper left
-            # corner, so that each row sums over one bag of samples.
-            positions, order = index.flatten().sort()
-            bags, first = (order // index.shape[1]).int(), torch.arange(len(rows), device=rows.device).int()
-            first = torch.searchsorted(positions, first, out_int32=True)
-            grad_rows = torch.zeros_like(rows)
-            for shift, corner_weight in zip(levels.shifts, split_to_corners(a, x, y)):
-                corner_weight = corner_weight.flatten().index_select(0, order)
-                part = F.embedding_bag(bags, grad, first, per_sample_weights=corner_weight, mode="sum")
-                grad_rows[shift:] += part[: len(rows) - shift]
-            grads.append((levels.unpad(grad_rows), grad_loc.view_as(loc), grad_w.view_as(w)))
-        return *map(torch.stack, zip(*grads)), None
+@torch.library.custom_op("guided_distillation::ms_deform_attn_cpu", mutates_args=())
+def attend(value: Tensor, locations: Tensor, weights: Tensor, sizes: list[int]) -> Tensor:
+    levels, outputs = PaddedLevels(sizes, value.shape[2]), []
+    for v, loc, w in zip(value, locations, weights):
+        rows = levels.pad(v)
+        index, x, y, _ = levels.corners(loc)
+        corner_weights = split_to_corners(w.reshape(index.shape), x, y)
+        parts = (
+            F.embedding_bag(index, rows[shift:], per_sample_weights=corner_weight, mode="sum")
+            for shift, corner_weight in zip(levels.shifts, corner_weights)
+        )
+        total = next(parts)
+        for part in parts:
+            total += part
+        outputs.append(total.view(loc.shape[0], -1))  # (N * M, D) -> (N, M * D)
+    return torch.stack(outputs)
+
+
+@attend.register_fake
+def _(value, locations, weights, sizes):
+    (B, _, M, D), N = value.shape, locations.shape[1]
+    return value.new_empty(B, N, M * D)
+
+
+@torch.library.custom_op("guided_distillation::ms_deform_attn_cpu_backward", mutates_args=())
+def attend_backward(
+    value: Tensor, locations: Tensor, weights: Tensor, grad_output: Tensor, sizes: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    levels, grads = PaddedLevels(sizes, value.shape[2]), []
+    for v, loc, w, grad in zip(value, locations, weights, grad_output):
+        rows, grad = levels.pad(v), grad.reshape(-1, v.shape[-1])  # (R, D), (N * M, D)
+        index, x, y, pixels_per_location = levels.corners(loc)
+        a = w.reshape(index.shape)  # (N * M, L * P)
+        # The derivative by each of a sample's four matrix entries, named g<column><line>.
+        g00, g10, g01, g11 = (gathered_dot(grad, index, rows[shift:]) for shift in levels.shifts)
+        upper, lower = g00.lerp(g10, x), g01.lerp(g11, x)
+        grad_w = upper.lerp(lower, y)
+        grad_x, grad_y = a * (g10 - g00).lerp(g11 - g01, y), a * (lower - upper)
+        grad_loc = torch.stack([grad_x, grad_y], dim=-1).view_as(pixels_per_location)
+        grad_loc = grad_loc * pixels_per_location
+        # The product with the transposed matrix: samples are sorted by the row of their upper left
+        # corner, so that each row sums over one bag of samples.
+        positions, order = index.flatten().sort()
+        bags, first = (order // index.shape[1]).int(), torch.arange(len(rows), device=rows.device).int()
+        first = torch.searchsorted(positions, first, out_int32=True)
+        grad_rows = torch.zeros_like(rows)
+        for shift, corner_weight in zip(levels.shifts, split_to_corners(a, x, y)):
+            corner_weight = corner_weight.flatten().index_select(0, order)
+            part = F.embedding_bag(bags, grad, first, per_sample_weights=corner_weight, mode="sum")
+            grad_rows[shift:] += part[: len(rows) - shift]
+        grads.append((levels.unpad(grad_rows), grad_loc.view_as(loc), grad_w.view_as(w)))
+    return tuple(map(torch.stack, zip(*grads)))
+
+
+@attend_backward.register_fake
+def _(value, locations, weights, grad_output, sizes):
+    return tuple(x.new_empty(x.shape) for x in (value, locations, weights))
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.sizes = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad):
+    return *attend_backward(*ctx.saved_tensors, grad, ctx.sizes), None
+
+
+attend.register_autograd(_backward, setup_context=_save)
 
 
 class PaddedLevels:
@@ -112,8 +137,8 @@ class PaddedLevels:
     Samples outside a level read the border, so no sample needs a bounds check. The four corners of any sample
     are always `shifts` rows apart. A row holds the D channels of one position and one head."""
 
-    def __init__(self, spatial_shapes, num_heads: int):
-        self.spatial_shapes, self.num_heads = [tuple(shape) for shape in spatial_shapes], num_heads
+    def __init__(self, sizes: list[int], num_heads: int):
+        self.spatial_shapes, self.num_heads = list(zip(sizes[::2], sizes[1::2])), num_heads
         self.width = 2 + max(W for H, W in self.spatial_shapes)
         self.shifts = 0, num_heads, self.width * num_heads, (self.width + 1) * num_heads
 
