@@ -142,7 +142,10 @@ def wrap_ddp(model: nn.Module, env: Env, grad_accum_steps: int = 1) -> nn.Module
     if grad_accum_steps > 1:
         model = MicroBatched(model, grad_accum_steps)
     if world_size() > 1:
-        model = nn.parallel.DistributedDataParallel(model, device_ids=[env.device.index] if on_gpus else None)
+        device_ids = [env.device.index] if on_gpus else None
+        # Buffers are frozen statistics, or synchronized ones that are the same on all ranks already.
+        options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+        model = nn.parallel.DistributedDataParallel(model, device_ids=device_ids, **options)
         if not on_gpus:
             model.register_comm_hook(None, per_parameter_allreduce_hook)
     return model
