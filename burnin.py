@@ -290,7 +290,8 @@ def run_burn_in(cfg: Config, env: Env, data: Data, criterion: SetCriterion, comp
             print_rank0("phase 1 of 3, teacher burn-in: labels only")
             model = build_model(cfg, data, "teacher")
             train_supervised(cfg, env, data, criterion, "teacher", cfg.steps[0], model)
-        print_rank0("phase 2 of 3, guided burn-in: a fresh student, a frozen teacher")
+        start = "a copy of the teacher as student" if cfg.student_from_teacher else "a fresh student"
+        print_rank0(f"phase 2 of 3, guided burn-in: {start}, a frozen teacher")
         guided_burn_in(cfg, env, data, criterion)
 
 

@@ -169,7 +169,8 @@ def test_another_recipe_for_a_run_that_has_begun_is_not_ignored(shapes, tmp_path
     run("burnin.py", *flags)
     assert "phases 1 and 2 are done" in run("burnin.py", *flags, "--recipe", "robust").stdout
     done = run("burnin.py", *flags, "--recipe", "paper").stdout
-    assert "burnin.pt in" in done and "was made with other options (mask_nms_iou 0.5, now 1.0)" in done
+    assert "burnin.pt in" in done
+    assert "was made with other options (strong_view 'color,noise,cutmix', now 'color')" in done
     assert "teacher kept" in done and (tmp_path / "run/burnin.previous.pt").exists()
 
 

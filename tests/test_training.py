@@ -131,7 +131,8 @@ def test_a_student_can_start_as_a_copy_of_the_teacher(tiny, completed, tmp_path)
     burnt_in = load_checkpoint(tmp_path / "run/burnin.pt")
     assert same(burnt_in["model"], load_checkpoint(teacher)["model"])
     error = train(tiny, tmp_path / "other", *flags, "--num-queries", "7", script="burnin.py", code=2).stderr
-    assert error == f"error: {teacher} has num_queries 6, this run has 7\n"
+    start = f"error: the student cannot start as a copy of the teacher: {teacher} has num_queries 6, this run"
+    assert error == f"{start} has 7; for a fresh student pass --student-from-teacher false\n"
 
 
 def test_teacher_and_student_start_from_different_weights(tiny, tmp_path):

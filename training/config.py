@@ -151,9 +151,6 @@ class Config:
             raise ValueError(
                 "--finetune-steps follows distillation, which --supervised-only leaves out; drop one"
             )
-        if self.student_from_teacher and (self.init_from or self.student_checkpoint):
-            other = "--init-from" if self.init_from else "--student-checkpoint"
-            raise ValueError(f"--student-from-teacher says where the student starts; drop {other}")
         if self.teacher_checkpoint and self.student_checkpoint:
             raise ValueError("--student-checkpoint starts at phase 3; drop --teacher-checkpoint")
         self.model_args, self.data_args = self.model_args or {}, self.data_args or {}
@@ -253,13 +250,15 @@ RECIPES = {
         full_res_masks=False,
         min_area=5,
         strong_view="color",
+        student_from_teacher=False,
         finetune_steps=0,
     ),
     "robust": dict(
         mask_nms_iou=0.5,
         full_res_masks=True,
         min_area=5,
-        strong_view="color",
+        strong_view="color,noise,cutmix",
+        student_from_teacher=True,
     ),
 }
 

@@ -197,7 +197,13 @@ def check_model(cfg: Config, data: Data) -> None:
     if cfg.teacher_checkpoint:
         teacher = load_teacher_checkpoint(cfg, names)
         if cfg.student_from_teacher:
-            check_same_model(cfg.teacher_checkpoint, teacher["model_args"], args)
+            try:
+                check_same_model(cfg.teacher_checkpoint, teacher["model_args"], args)
+            except ValueError as error:
+                advice = "for a fresh student pass --student-from-teacher false"
+                raise ValueError(
+                    f"the student cannot start as a copy of the teacher: {error}; {advice}"
+                ) from None
     if cfg.student_checkpoint:
         load_student_checkpoint(cfg, names, args)
     if cfg.init_from:
