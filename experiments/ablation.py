@@ -3,7 +3,7 @@
 All recipes of a seed have the same labeled images. Unless a recipe says otherwise, they also have the same
 teacher and the same initial weights of the student.
 
-    python experiments/ablation.py --quick                 # a small table, shapes and cells, in 12 minutes
+    python experiments/ablation.py --quick                               # a small table: shapes and cells
     python experiments/ablation.py --ratio 0.02 0.05 0.1 --seeds 0 1 2   # on shapes
     python experiments/ablation.py --data animals --ratio 0.05 0.1 --recipes paper robust labels-as-long
     python experiments/ablation.py --tables                              # pages from the committed records

@@ -286,8 +286,8 @@ def make_section(data: str, ratio: float, runs: list[dict]) -> list[str]:
     return lines
 
 
-def make_commands(runs: list[dict]) -> list[str]:
-    """Make the section with the commands of all recipes that have been run."""
+def make_commands(runs: list[dict], note: str) -> list[str]:
+    """Make the section with the commands of all recipes that have been run. note: about their spelling."""
     lines = ["## Commands", "", "Unless a recipe overrides them, its commands also have these flags:", ""]
     lines += ["| data | flags |", "|---|---|"]
     for data in sorted({run["data"] for run in runs}):
@@ -299,11 +299,7 @@ def make_commands(runs: list[dict]) -> list[str]:
         "CLEAN and LABELS are the last checkpoints of `clean` and `labels-only`. A single number as "
         "`--steps` is the length of each of the three phases."
     )
-    spelling = (
-        "Flags have their present names here, except in the three rows of an earlier version. "
-        "`ablation.jsonl` has the commands as they were run."
-    )
-    lines += ["", wrap(placeholders), "", wrap(spelling), ""]
+    lines += ["", wrap(placeholders), "", wrap(note), ""]
     names = {"own": "OUT"} | {name: name.upper() for name in STARTS}
     numbers, recorded = step_numbers(*DATA["shapes"][1]), {run["recipe"] for run in runs}
     lines += ["| recipe | description | commands, with the steps of shapes |", "|---|---|---|"]
@@ -327,7 +323,11 @@ def make_page(runs: list[dict]) -> str:
     lines = ["# What makes Guided Distillation work", "", wrap(INTRODUCTION), ""]
     for (data, ratio), group in group_runs(runs).items():
         lines += make_section(data, ratio, group)
-    return "\n".join(lines + make_commands(runs)) + "\n"
+    spelling = (
+        "Flags have their present names here, except in the three rows of an earlier version. "
+        "`ablation.jsonl` has the commands as they were run."
+    )
+    return "\n".join(lines + make_commands(runs, spelling)) + "\n"
 
 
 def write_page(runs: list[dict], folder: Path) -> None:

@@ -213,7 +213,8 @@ def make_page(runs: list[dict]) -> str:
         lines += ["## What changes", "", wrap(FIGURE_TEXT), ""]
     for name, data, ratio in figures:
         lines += [f"![pseudo-labels on {data}, {100 * ratio:g} % of the labels]({name})", ""]
-    return "\n".join(lines + make_commands(runs)) + "\n"
+    note = "`robust.jsonl` has the commands as they were run, with their steps."
+    return "\n".join(lines + make_commands(runs, note)) + "\n"
 
 
 def write_page(runs: list[dict], folder: Path) -> None:

@@ -394,6 +394,11 @@ def test_cells_are_gray_and_do_not_overlap(monkeypatch, tmp_path):
         assert (pixels[..., :1] == pixels).all() and pixels.std() > 3
 
 
+def test_the_committed_page_of_two_recipes_follows_from_its_records(robust, tables):
+    page = robust.make_page(tables.read_records(EXPERIMENTS / "robust.jsonl"))
+    assert page == (EXPERIMENTS / "ROBUST.md").read_text(), "run python experiments/ablation.py --tables"
+
+
 def test_the_committed_page_follows_from_the_committed_records(tables, recipes):
     page = tables.make_page(tables.read_records(EXPERIMENTS / "ablation.jsonl"))
     assert page == (EXPERIMENTS / "ABLATION.md").read_text(), "run python experiments/ablation.py --tables"
