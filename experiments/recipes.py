@@ -199,23 +199,22 @@ RECIPES = {
 # Single changes of guided burn-in, which ends with the learning rate at zero.
 BURN_IN = "burnin.py --teacher-checkpoint {teacher} --steps {t},{b},1"
 CLEAN = "--mask-nms-iou 0.5 --full-res-masks true"
-VIEW = "--strong-view color,noise,cutmix"
+VIEW = f"{CLEAN} --strong-view color,noise,cutmix"
 for name, description, flags in [
     ("paper", "the paper's rule", ""),
     ("labels", "unguided: labels only", "--unsupervised-weight 0"),
     ("nms", "mask NMS", "--mask-nms-iou 0.5"),
     ("masks", "full-resolution masks", "--full-res-masks true"),
     ("clean", "mask NMS and full-resolution masks", CLEAN),
-    ("view", "mask NMS, full-resolution masks, and a strong view with noise and CutMix", f"{CLEAN} {VIEW}"),
+    ("view", "mask NMS, full-resolution masks, and a strong view with noise and CutMix", VIEW),
     ("noise", "as `burn-in-clean`, and a strong view with noise", f"{CLEAN} --strong-view color,noise"),
     ("cutmix", "as `burn-in-clean`, and a strong view with CutMix", f"{CLEAN} --strong-view color,cutmix"),
-    ("erase", "as `burn-in-view`, and random erasing", f"{CLEAN} {VIEW},erase"),
-    ("turn", "as `burn-in-view`, and quarter turns", f"{CLEAN} {VIEW},turn"),
-    ("copy", "as `burn-in-view`, and the student starts as a copy", f"{CLEAN} {VIEW} --student-from-teacher true"),
-    ("quality", "as `burn-in-view`, and a mask quality of at least 0.9", f"{CLEAN} {VIEW} --mask-quality 0.9"),
-    ("threshold-0.9", "as `burn-in-view`, and a score threshold of 0.9", f"{CLEAN} {VIEW} --score-threshold 0.9"),
-    ("weight-1", "as `burn-in-view`, and an unsupervised weight of 1", f"{CLEAN} {VIEW} --unsupervised-weight 1"),
-    ("min-area", "as `burn-in-view`, and a minimum area of 0.1 % of the crop", f"{CLEAN} {VIEW} --min-area 0.001"),
+    ("erase", "as `burn-in-view`, and random erasing", f"{VIEW},erase"),
+    ("turn", "as `burn-in-view`, and quarter turns", f"{VIEW},turn"),
+    ("copy", "as `burn-in-view`, and the student starts as a copy", f"{VIEW} --student-from-teacher true"),
+    ("threshold-0.9", "as `burn-in-view`, and a score threshold of 0.9", f"{VIEW} --score-threshold 0.9"),
+    ("weight-1", "as `burn-in-view`, and an unsupervised weight of 1", f"{VIEW} --unsupervised-weight 1"),
+    ("min-area", "as `burn-in-view`, and a minimum area of 0.1 % of the crop", f"{VIEW} --min-area 0.001"),
 ]:  # fmt: skip
     RECIPES[f"burn-in-{name}"] = (f"guided burn-in alone: {description}", [f"{BURN_IN} {flags}".strip()])
 # Recipes that were measured with an earlier version. Their options are gone, so they cannot be run, and their

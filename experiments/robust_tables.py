@@ -48,7 +48,6 @@ QUESTIONS = {
     "Does a copy of the teacher make a better student?": [("burn-in-copy", "burn-in-view")],
     "Do fewer and surer pseudo-labels help?": [
         ("burn-in-threshold-0.9", "burn-in-view"),
-        ("burn-in-quality", "burn-in-view"),
         ("burn-in-weight-1", "burn-in-view"),
         ("burn-in-min-area", "burn-in-view"),
     ],
