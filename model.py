@@ -383,7 +383,7 @@ def fold_norms(convs: list[ConvFrozenBN]) -> list[tuple[Tensor, Tensor]]:
     """Return the scale and the bias of each convolution's norm, all in a few kernel launches."""
     norms = [conv.norm[0] for conv in convs]
     variances = torch._foreach_add([n.running_var for n in norms], [n.eps for n in norms])
-    scales = torch._foreach_mul([n.weight for n in norms], torch._foreach_rsqrt(variances))
+    scales = torch._foreach_div([n.weight for n in norms], torch._foreach_sqrt(variances))
     shifts = torch._foreach_mul([n.running_mean for n in norms], scales)
     return list(zip(scales, torch._foreach_sub([n.bias for n in norms], shifts)))
 

@@ -55,11 +55,11 @@ def upgrade_config(config: dict) -> dict:
 
 def current_options(config: dict) -> dict:
     """Convert the options of an earlier version: those that say how the data are read are in
-    config["data_args"], and strong_view is the changes of the view."""
+    config["data_args"], strong_view is the changes of the view, and some are gone."""
     given = {key: config[key] for key in DATA_ARGS if config.get(key)}
     config = {key: value for key, value in config.items() if key not in DATA_ARGS}
     if "strong_view" in config:
         strong_view = config["strong_view"]
         config["strong_view"] = {True: "color", False: ""}.get(strong_view, strong_view)
-    config.pop("scale_to_batch", None)
+    config = {key: value for key, value in config.items() if key not in ("scale_to_batch", "mask_quality")}
     return {**config, "data_args": {**given, **(config.get("data_args") or {})}}

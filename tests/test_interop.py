@@ -25,13 +25,14 @@ import distill
 import evaluate
 from interop import backbone
 from interop.backbone import download_pretrained, load_backbone_weights
-from interop.legacy import upgrade_checkpoint
+from interop.legacy import current_options, upgrade_checkpoint
 from interop.load import infer_model_args, load_any_checkpoint, load_partial, read_file
 from interop.names import HUGGING_FACE, OFFICIAL, OURS, convert_state_dict, translate_state_dict
 from model import Mask2Former
 from tools import export
 from training import setup
 from training.cli import parse_config
+from training.config import Config, read_settings
 
 ROOT = Path(distill.__file__).parent
 
@@ -1117,3 +1118,14 @@ def test_a_missing_teacher_cannot_be_exported(tmp_path, make_model, capsys):
         export.main([str(tmp_path / "a.pt"), str(tmp_path / "out"), "--which", "teacher"])
     assert "cannot export the teacher" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_options_that_an_earlier_version_had_are_left_out(tmp_path):
+    former = {"mask_quality": 0.5, "scale_to_batch": True, "strong_view": True, "seed": 7}
+    cfg = Config(**current_options(former))
+    assert (cfg.seed, cfg.strong_view) == (7, "color")
+    content = {"options": former | {"crop": [64, 64]}, "choices": {"mask_quality": [0.0, "recipe robust"]}}
+    (tmp_path / "settings.json").write_text(json.dumps(content))
+    settings = read_settings(tmp_path)
+    assert settings["choices"] == {}
+    assert settings["options"] == {"strong_view": True, "seed": 7, "crop": (64, 64)}

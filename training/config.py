@@ -286,14 +286,16 @@ def read_settings(run) -> dict:
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     try:
         content = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-        options, choices = content["options"], content["choices"]
+        known = {field.name for field in dataclasses.fields(Config)}  # an earlier version had others too
+        options = {name: value for name, value in content["options"].items() if name in known}
+        choices = {name: choice for name, choice in content["choices"].items() if name in known}
         for name in (field.name for field in dataclasses.fields(Config) if field.type is tuple):
             if name in options:
                 options[name] = tuple(options[name])
             if name in choices:
                 choices[name][0] = tuple(choices[name][0])
-        return content
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {**content, "options": options, "choices": choices}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot read the settings of the run {str(run)!r}: {error}") from None
 
 
