@@ -60,7 +60,15 @@ def ms_deform_attn(
 # after the other.
 
 
-@torch.library.custom_op("guided_distillation::ms_deform_attn_cpu", mutates_args=())
+OPERATOR = "guided_distillation::ms_deform_attn_cpu"
+SCHEMA = "(Tensor value, Tensor locations, Tensor weights, SymInt[] sizes) -> Tensor"
+SCHEMA_BACKWARD = (
+    "(Tensor value, Tensor locations, Tensor weights, Tensor grad_output, SymInt[] sizes)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op(OPERATOR, mutates_args=(), schema=SCHEMA)
 def attend(value: Tensor, locations: Tensor, weights: Tensor, sizes: list[int]) -> Tensor:
     levels, outputs = PaddedLevels(sizes, value.shape[2]), []
     for v, loc, w in zip(value, locations, weights):
@@ -84,7 +92,7 @@ def _(value, locations, weights, sizes):
     return value.new_empty(B, N, M * D)
 
 
-@torch.library.custom_op("guided_distillation::ms_deform_attn_cpu_backward", mutates_args=())
+@torch.library.custom_op(OPERATOR + "_backward", mutates_args=(), schema=SCHEMA_BACKWARD)
 def attend_backward(
     value: Tensor, locations: Tensor, weights: Tensor, grad_output: Tensor, sizes: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:

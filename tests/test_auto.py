@@ -23,6 +23,7 @@ from training.auto import (
     fit_steps,
     measure_facts,
 )
+from training.checkpoint import load_checkpoint
 from training.cli import parse_config
 from training.config import RECIPES, Config, read_settings, write_settings
 from training.metrics import expected_seconds
@@ -34,8 +35,8 @@ PHOTOS = Facts(
 ON_GPU = dataclasses.replace(PHOTOS, gpu_memory=80.0, num_cores=16)
 
 
-def values(facts, **given):
-    return {name: value for name, (value, _) in choose_options(facts, given).items()}
+def values(facts, start=None, **given):
+    return {name: value for name, (value, _) in choose_options(facts, given, start).items()}
 
 
 def test_every_choice_is_an_option_and_has_a_reason():
@@ -52,6 +53,17 @@ def test_an_option_that_is_given_is_not_chosen_and_others_follow_it():
     assert "crop" not in chosen and chosen["norm"] == "group" and chosen["score_threshold"] == 0.9
     assert chosen["batch"] == 16 and values(dataclasses.replace(ON_GPU, gpu_memory=8.0))["batch"] < 16
     assert values(PHOTOS, model_args={"hidden_dim": 32})["model_args"]["hidden_dim"] == 32
+
+
+def test_a_checkpoint_to_start_from_chooses_the_model():
+    stored = {"num_classes": 7, "backbone": "resnet10t", "norm": "group", "num_queries": 40, "hidden_dim": 32}
+    for facts in (PHOTOS, ON_GPU):
+        chosen = values(facts, stored)
+        assert [chosen[name] for name in ("backbone", "norm", "num_queries")] == ["resnet10t", "group", 40]
+        assert chosen["model_args"] == {"hidden_dim": 32}
+    chosen = values(PHOTOS, stored, backbone="resnet34")
+    assert chosen["norm"] == "frozen" and chosen["num_queries"] == 20
+    assert chosen["model_args"]["hidden_dim"] == 96
 
 
 def test_the_crop_fits_the_images():
@@ -276,6 +288,22 @@ def test_a_folder_needs_no_preset_and_keeps_its_settings_when_resumed(shapes, tm
     assert "all phases are done" in again.stdout
     [command] = [line for line in first.stdout.splitlines() if "the same as flags" in line]
     assert "--norm group" in command and "--hours" not in command
+
+
+@pytest.fixture(scope="module")
+def small_student(shapes, tmp_path_factory):
+    out = tmp_path_factory.mktemp("small")
+    flags = ["--model-args", SMALL, "--num-queries", "7", "--norm", "group", "--steps", "1,1,1"]
+    run("distill.py", "--data", shapes, *FEW_STEPS.split(), *flags, "--out", out)
+    return out / "burnin.pt"
+
+
+@pytest.mark.parametrize("option", ["init-from", "teacher-checkpoint", "student-checkpoint"])
+def test_a_run_that_starts_from_a_small_checkpoint_has_its_model(option, small_student, shapes, tmp_path):
+    flags = FEW_STEPS.replace("--backbone resnet10t ", "").split() + ["--steps", "1,1,1"]
+    run("distill.py", "--data", shapes, *flags, f"--{option}", small_student, "--out", tmp_path)
+    found = load_checkpoint(tmp_path / "distill.pt")["model_args"]
+    assert found == load_checkpoint(small_student)["model_args"]
 
 
 def test_steps_that_were_fitted_stay_when_the_command_is_repeated(shapes, tmp_path):

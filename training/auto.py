@@ -141,9 +141,17 @@ def choose_side(facts: Facts, crops: Crops) -> int:
     return max(64, 32 * math.ceil(side / 32))
 
 
-def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
-    """Choose the options that are not given. Returns {name: (value, reason)} in the order of the banner."""
+def choose_options(facts: Facts, given: dict, start: dict | None = None) -> dict[str, tuple]:
+    """Choose the options that are not given.
+
+    start: the arguments of the model of the checkpoint that the run starts from, if any. They are kept,
+    unless another backbone is given.
+    Returns {name: (value, reason)} in the order of the banner."""
     choices = {}
+    start = dict(start or {})
+    start.pop("num_classes", None)
+    if given.get("backbone", start.get("backbone")) != start.get("backbone"):
+        start = {}
 
     def choose(name, value, reason):
         if name in given:
@@ -153,15 +161,23 @@ def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
 
     on_gpu = facts.gpu_memory > 0
     long_side, object_side = facts.long_side, facts.object_side
-    starts_from_model = given.get("init_from") or given.get("student_checkpoint")
-    if not starts_from_model:
+    as_stored = "as in the checkpoint that the run starts from"
+    if start:
+        choose("backbone", start.pop("backbone"), as_stored)
+    else:
         backbone = "resnet50" if on_gpu else "resnet18"
         choose("backbone", backbone, "the paper's" if on_gpu else "a small one, for a CPU")
     pretrained = choose("pretrained", True, "few labels need a pretrained backbone")
     pretrained = pretrained or bool(given.get("backbone_weights")) or bool(given.get("init_from"))
-    norm_reason = "keeps the pretrained statistics" if pretrained else "for training from scratch"
-    choose("norm", "frozen" if pretrained else "group", norm_reason)
-    if not on_gpu and not starts_from_model:
+    if "norm" in start:
+        choose("norm", start.pop("norm"), as_stored)
+    else:
+        norm_reason = "keeps the pretrained statistics" if pretrained else "for training from scratch"
+        choose("norm", "frozen" if pretrained else "group", norm_reason)
+    stored_queries = start.pop("num_queries", None)
+    if start:
+        choices["model_args"] = ({**start, **given.get("model_args", {})}, as_stored)
+    elif not on_gpu:
         small = {**SMALL_MODEL, **given.get("model_args", {})}
         choices["model_args"] = (small, "a narrow and shallow model, for a CPU")
 
@@ -189,7 +205,7 @@ def choose_options(facts: Facts, given: dict) -> dict[str, tuple]:
     queries = 10 * math.ceil(1.5 * most / 10)
     queries = min(max(queries, 100 if on_gpu else 20), 300)
     numbers = f"99 % of the {place} have at most {most} objects, the largest number is {maximum}"
-    choose("num_queries", queries, numbers)
+    choose("num_queries", stored_queries or queries, as_stored if stored_queries else numbers)
     points = int(min(max(crop[0] * crop[1] / 25, 1024), 12544))
     choose("num_points", points, "one for 25 pixels of a crop, at most the paper's number")
 

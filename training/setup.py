@@ -100,7 +100,9 @@ def choose_settings(cfg: Config, data: Data) -> dict[str, tuple]:
     if cfg.preset != "auto" or cfg.settings_from:
         return {}
     facts = measure_facts(data.train, data.labeled, data.env.device)
-    return choose_options(facts, {name: getattr(cfg, name) for name in cfg.given})
+    source = cfg.init_from or cfg.student_checkpoint or cfg.teacher_checkpoint
+    start = load_any_checkpoint(source)["model_args"] if source else {}
+    return choose_options(facts, {name: getattr(cfg, name) for name in cfg.given}, start)
 
 
 def apply_choices(cfg: Config, choices: dict[str, tuple]) -> None:
