@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 AUTO = (
-    "--backbone tf_efficientnet_lite2 --backbone-weights tf_efficientnet_lite2.safetensors "
+    "--backbone tf_efficientnet_lite2 --pretrained tf_efficientnet_lite2.safetensors "
     "--recipe paper --hours 0 --save-every 250"
 )
 # Flags of a dataset, and the steps of teacher burn-in, guided burn-in and distillation.
@@ -17,7 +17,7 @@ DATA = {
     "tiles": (
         "--data tiles --labeled-list tiles/splits/RATIO-SEED.txt --preset shapes --crop 96,96 "
         "--num-queries 30 --num-points 512 --score-threshold 0.7 --eval-every 750 "
-        "--backbone mobilenetv2_100 --backbone-weights mobilenetv2_100.safetensors --norm frozen "
+        "--backbone mobilenetv2_100 --pretrained mobilenetv2_100.safetensors --norm frozen "
         """--model-args '{"backbone_args": {"pad_type": "same"}, "pixel_mean": [127.5, 127.5, 127.5], """
         """"pixel_std": [127.5, 127.5, 127.5]}' --backbone-lr-factor 0.5""",
         (2500, 1500, 1500),

@@ -63,7 +63,7 @@ def download_pretrained(backbone: str) -> None:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise ValueError(
             f"cannot download the pretrained weights of {backbone!r} ({reason}); download {page} elsewhere "
-            f"and pass it as --backbone-weights, or {scratch}"
+            f"and pass it as --pretrained, or {scratch}"
         ) from None
 
 

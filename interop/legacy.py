@@ -15,6 +15,7 @@ CONFIG_RENAMES = {
     "teacher": "teacher_checkpoint",
     "student": "student_checkpoint",
     "refine": "finetune_steps",
+    "backbone_weights": "pretrained",
 }
 MODEL_ARGS = ("hidden_dim", "encoder_layers", "encoder_ffn", "decoder_layers", "decoder_ffn")
 OPTIONAL_MODEL_ARGS = ("pixel_mean", "pixel_std", "backbone_args")  # moved along only if they are not empty
@@ -55,11 +56,17 @@ def upgrade_config(config: dict) -> dict:
 
 def current_options(config: dict) -> dict:
     """Convert the options of an earlier version: those that say how the data are read are in
-    config["data_args"], strong_view is the changes of the view, and some are gone."""
+    config["data_args"], strong_view is the changes of the view, pretrained may name a file, and some are
+    gone."""
     given = {key: config[key] for key in DATA_ARGS if config.get(key)}
     config = {key: value for key, value in config.items() if key not in DATA_ARGS}
     if "strong_view" in config:
         strong_view = config["strong_view"]
         config["strong_view"] = {True: "color", False: ""}.get(strong_view, strong_view)
-    config = {key: value for key, value in config.items() if key not in ("scale_to_batch", "mask_quality")}
+    if "pretrained" in config:
+        pretrained = config["pretrained"]
+        pretrained = {True: "true", False: "false"}.get(pretrained, pretrained)
+        config["pretrained"] = config.get("backbone_weights") or pretrained
+    gone = ("scale_to_batch", "mask_quality", "backbone_weights")
+    config = {key: value for key, value in config.items() if key not in gone}
     return {**config, "data_args": {**given, **(config.get("data_args") or {})}}

@@ -49,7 +49,7 @@ def test_every_choice_is_an_option_and_has_a_reason():
 
 
 def test_an_option_that_is_given_is_not_chosen_and_others_follow_it():
-    chosen = values(ON_GPU, crop=(512, 512), pretrained=False)
+    chosen = values(ON_GPU, crop=(512, 512), pretrained="false")
     assert "crop" not in chosen and chosen["norm"] == "group" and chosen["score_threshold"] == 0.9
     assert chosen["batch"] == 16 and values(dataclasses.replace(ON_GPU, gpu_memory=8.0))["batch"] < 16
     assert values(PHOTOS, model_args={"hidden_dim": 32})["model_args"]["hidden_dim"] == 32

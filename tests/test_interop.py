@@ -656,7 +656,7 @@ def test_backbone_weights_are_checked_before_training(shapes, tmp_path, backbone
         file.write_bytes(content)
     else:
         torch.save(timm.create_model(content).state_dict(), file)
-    flags = ["--data", shapes, "--preset", "shapes", "--backbone", backbone, "--backbone-weights", file]
+    flags = ["--data", shapes, "--preset", "shapes", "--backbone", backbone, "--pretrained", file]
     done = run("distill.py", *flags, "--out", tmp_path / "run", code=2)
     assert done.stdout.startswith(f"{shapes}: ") and done.stdout.count("\n") == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -721,7 +721,7 @@ def test_without_a_network_one_line_says_what_to_download(hub, shapes, tmp_path)
     assert hub == [f"{repo}/resolve/main/model.safetensors"]
     assert done.stdout.count("\n") == done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: cannot download the pretrained weights of 'dinov3_s' (OSError: ")
-    for word in (f"model.safetensors from {repo} ", "--backbone-weights", "--pretrained false", "not known"):
+    for word in (f"model.safetensors from {repo} ", "pass it as --pretrained", "--pretrained false", "not known"):
         assert word in done.stderr
 
 
@@ -1128,4 +1128,7 @@ def test_options_that_an_earlier_version_had_are_left_out(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps(content))
     settings = read_settings(tmp_path)
     assert settings["choices"] == {}
-    assert settings["options"] == {"strong_view": True, "seed": 7, "crop": (64, 64)}
+    expected = {"strong_view": "color", "seed": 7, "crop": (64, 64), "data_args": {}}
+    assert settings["options"] == expected
+    for pretrained, file, now in ((True, "", "true"), (False, "", "false"), (False, "a.pth", "a.pth")):
+        assert current_options({"pretrained": pretrained, "backbone_weights": file})["pretrained"] == now

@@ -290,7 +290,7 @@ def test_a_step_of_two_processes_has_the_gradient_of_one_process(tiny, tmp_path)
         ("--backbone-args 3", "expected a JSON object, found '3'"),
         ("--backbone-args {", "expected a JSON object, found '{'"),
         ("""--backbone-args '{"nonsense": 1}'""", "unexpected keyword argument 'nonsense'"),
-        ("--backbone-weights missing.pt", "no file --backbone-weights 'missing.pt'"),
+        ("--pretrained missing.pt", "--pretrained must be true, false or a file, found 'missing.pt'"),
         ("--hidden-dim 30", "hidden_dim 30 must be a multiple of 4"),
         ("--supervised-only yes", "expected true or false, found 'yes'"),
         ("--supervised-only --finetune-steps 3", "--finetune-steps follows distillation"),

@@ -167,8 +167,8 @@ def choose_options(facts: Facts, given: dict, start: dict | None = None) -> dict
     else:
         backbone = "resnet50" if on_gpu else "resnet18"
         choose("backbone", backbone, "the paper's" if on_gpu else "a small one, for a CPU")
-    pretrained = choose("pretrained", True, "few labels need a pretrained backbone")
-    pretrained = pretrained or bool(given.get("backbone_weights")) or bool(given.get("init_from"))
+    pretrained = choose("pretrained", "true", "few labels need a pretrained backbone")
+    pretrained = pretrained != "false" or bool(given.get("init_from"))
     if "norm" in start:
         choose("norm", start.pop("norm"), as_stored)
     else:

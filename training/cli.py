@@ -51,7 +51,7 @@ HINTS = {  # what other programs call things
     "--img-size": "the size of training crops is --crop, such as --crop 512,512",
     "--batch-size": "it is --batch",
     "--resume": "no flag is needed: the same command resumes an interrupted run",
-    "--weights": "start from a model with --init-from, or from a backbone with --backbone-weights",
+    "--weights": "start from a model with --init-from, or from a backbone with --pretrained FILE",
     "--learning-rate": "it is --lr",
     "--num-workers": "it is --workers",
     "--model": "the backbone is --backbone, other arguments of the model are --model-args",

@@ -8,6 +8,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from interop.legacy import current_options
+
 
 def option(default, help: str, min: float = 0, max: float = math.inf, group: str = ""):
     """Declare an option: its default, its help text, and the range of its numbers. `group` starts a
@@ -72,9 +74,9 @@ class Config:
     backbone: str = option(
         "resnet50", "swin_l, dinov3_b, ... (model.BACKBONES) or a timm model", group="model"
     )
-    pretrained: bool = option(True, "start the backbone from timm's ImageNet weights (downloads them)")
-    backbone_weights: str = option(
-        "", "start the backbone from this file (timm, torchvision, Detectron2, DINO, MoCo) instead"
+    pretrained: str = option(
+        "true",
+        "the backbone's weights: true (timm's, downloaded), false (random) or a file (docs/RUNNING.md)",
     )
     norm: str = option("frozen", "the backbone's batch norm: frozen, batch (trained, synced) or group")
     num_queries: int = option(0, "maximum number of objects per image; 0: 100, or 200 with swin_l")
@@ -128,6 +130,7 @@ class Config:
             self.steps *= 3
         if len(self.steps) != 3 or not all(isinstance(n, int) and n >= 1 for n in self.steps):
             raise ValueError(f"--steps must be one or three whole numbers, at least 1, found {self.steps}")
+        self.pretrained = {"True": "true", "False": "false"}.get(str(self.pretrained), self.pretrained)
         # Before noise and CutMix this option was true or false.
         self.strong_view = {"true": "color", "false": ""}.get(str(self.strong_view).lower(), self.strong_view)
         for change in filter(None, self.strong_view.split(",")):
@@ -215,7 +218,7 @@ PRESETS = {
         test_size=(0, 0),
         workers=0,
         backbone="resnet10t",
-        pretrained=False,
+        pretrained="false",
         norm="group",
         num_queries=12,
         model_args=dict(
@@ -287,7 +290,8 @@ def read_settings(run) -> dict:
     try:
         content = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
         known = {field.name for field in dataclasses.fields(Config)}  # an earlier version had others too
-        options = {name: value for name, value in content["options"].items() if name in known}
+        options = current_options(content["options"])
+        options = {name: value for name, value in options.items() if name in known}
         choices = {name: choice for name, choice in content["choices"].items() if name in known}
         for name in (field.name for field in dataclasses.fields(Config) if field.type is tuple):
             if name in options:

@@ -52,8 +52,8 @@ def set_up(cfg: Config) -> tuple[Env, Data, SetCriterion]:
     if rank() == 0:
         lock(Path(cfg.out))
     complete_settings(cfg, data)
-    starts_elsewhere = cfg.backbone_weights or cfg.init_from or cfg.student_checkpoint
-    if cfg.pretrained and not starts_elsewhere and not has_checkpoints(cfg.out):
+    starts_elsewhere = cfg.init_from or cfg.student_checkpoint
+    if cfg.pretrained == "true" and not starts_elsewhere and not has_checkpoints(cfg.out):
         download_pretrained(cfg.backbone)  # raises if it cannot
     weights = dict(zip(("weight_class", "weight_mask", "weight_dice"), cfg.loss_weights))
     criterion = SetCriterion(
@@ -161,13 +161,13 @@ def build_model(cfg: Config, data: Data, name: str) -> Mask2Former:
         if cfg.init_from:
             model = Mask2Former(**args)
             load_partial(model, load_any_checkpoint(cfg.init_from)["model"])
-        elif cfg.backbone_weights:
-            weights = load_backbone_weights(cfg.backbone_weights, cfg.backbone, args.get("backbone_args"))
-            model = Mask2Former(**args, backbone_weights=weights)
-        elif cfg.pretrained and not step_files(cfg.out, phase):
+        elif cfg.pretrained == "false" or step_files(cfg.out, phase):
+            model = Mask2Former(**args)
+        elif cfg.pretrained == "true":
             model = _pretrained_model(cfg, args)
         else:
-            model = Mask2Former(**args)
+            weights = load_backbone_weights(cfg.pretrained, cfg.backbone, args.get("backbone_args"))
+            model = Mask2Former(**args, backbone_weights=weights)
     return model.to(data.env.device)
 
 
@@ -187,14 +187,14 @@ def check_model(cfg: Config, data: Data) -> None:
     backbone weights or a checkpoint do not fit."""
     args = model_arguments(cfg, data)
     _meta_model(args)
-    if cfg.backbone_weights:
-        if not Path(cfg.backbone_weights).exists():
-            raise ValueError(f"no file --backbone-weights {cfg.backbone_weights!r}")
-        weights = load_backbone_weights(cfg.backbone_weights, cfg.backbone, args.get("backbone_args"))
+    if cfg.pretrained not in ("true", "false"):
+        if not Path(cfg.pretrained).exists():
+            raise ValueError(f"--pretrained must be true, false or a file, found {cfg.pretrained!r}")
+        weights = load_backbone_weights(cfg.pretrained, cfg.backbone, args.get("backbone_args"))
         try:
             _meta_model({**args, "backbone_weights": weights})
         except ValueError as error:
-            raise ValueError(f"--backbone-weights {cfg.backbone_weights}: {error}") from None
+            raise ValueError(f"--pretrained {cfg.pretrained}: {error}") from None
     names = data.train.class_names
     if cfg.teacher_checkpoint:
         teacher = load_teacher_checkpoint(cfg, names)
