@@ -32,7 +32,16 @@ from matcher import SetCriterion
 from training.checkpoint import Checkpointer, completed_phases, load_model, load_teacher_checkpoint
 from training.cli import expected_errors, parse_config
 from training.config import Config
-from training.distributed import Env, autocast, num_objects, print_rank0, to_device, world_size, wrap_ddp
+from training.distributed import (
+    Env,
+    autocast,
+    compile_model,
+    num_objects,
+    print_rank0,
+    to_device,
+    world_size,
+    wrap_ddp,
+)
 from training.metrics import Metrics
 from training.micro_batches import split_outputs
 from training.optimization import GuardedStep, build_optimizer, seed_step, set_lr
@@ -82,7 +91,7 @@ def train_supervised(
     optimizer = build_optimizer(model, cfg, lr_factor)
     checkpoints = Checkpointer(cfg, phase, steps, model, optimizer, description=describe(cfg, data))
     first_step = checkpoints.resume(env)
-    ddp_model = wrap_ddp(model, env, cfg.grad_accum_steps)
+    ddp_model = wrap_ddp(model, env, cfg.grad_accum_steps, cfg.compile)
     clip_and_step = GuardedStep(model, optimizer, cfg.clip_grad_norm)
     # As in the paper: repeat factors in phases 2 and 3 only.
     labeled = data.labeled_batches(phase, first_step, uniform=True)
@@ -117,15 +126,17 @@ def guided_burn_in(cfg: Config, env: Env, data: Data, criterion: SetCriterion) -
     frozen teacher. Writes burnin.pt."""
     source = load_teacher_checkpoint(cfg, data.train.class_names)
     teacher = load_model(source, env.device)  # frozen
-    student = build_model(cfg, data, "student").train()  # fresh, not a copy of the teacher
     if cfg.student_from_teacher:  # not in the paper, off by default
-        student.load_state_dict(teacher.state_dict())
+        student = load_model(source, env.device).requires_grad_(True).train()
+    else:
+        student = build_model(cfg, data, "student").train()  # fresh, not a copy of the teacher
     optimizer = build_optimizer(student, cfg)
     # The teacher may have another architecture than the student.
     description = describe(cfg, data) | {"teacher_args": source["model_args"]}
     checkpoints = Checkpointer(cfg, "burnin", cfg.steps[1], student, optimizer, teacher, description)
     first_step = checkpoints.resume(env)
-    ddp_student = wrap_ddp(student, env, cfg.grad_accum_steps)
+    ddp_student = wrap_ddp(student, env, cfg.grad_accum_steps, cfg.compile)
+    run_teacher = compile_model(teacher, cfg.compile)
     clip_and_step = GuardedStep(student, optimizer, cfg.clip_grad_norm)
     labeled = data.labeled_batches("burnin", first_step)
     unlabeled = data.unlabeled_batches("burnin", first_step)
@@ -139,7 +150,7 @@ def guided_burn_in(cfg: Config, env: Env, data: Data, criterion: SetCriterion) -
 
         # The teacher sees the weak view, and what it is confident of becomes pseudo-labels.
         with torch.inference_mode(), autocast(env):
-            teacher_outputs = teacher(u["image"])
+            teacher_outputs = run_teacher(u["image"])
         pseudo = pseudo_labels(teacher_outputs, cfg.score_threshold, cfg.min_area)
         pseudo = clean_pseudo_labels(pseudo, cfg)  # not in the paper, off by default
 

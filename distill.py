@@ -44,7 +44,16 @@ from training.checkpoint import (
 )
 from training.cli import expected_errors, parse_config
 from training.config import Config
-from training.distributed import Env, autocast, num_objects, print_rank0, rank, to_device, wrap_ddp
+from training.distributed import (
+    Env,
+    autocast,
+    compile_model,
+    num_objects,
+    print_rank0,
+    rank,
+    to_device,
+    wrap_ddp,
+)
 from training.metrics import Metrics
 from training.micro_batches import split_outputs
 from training.optimization import GuardedStep, build_optimizer, load_moments, seed_step, set_lr
@@ -76,7 +85,8 @@ def distill(cfg: Config, env: Env, data: Data, criterion: SetCriterion) -> None:
     load_moments(optimizer, source["optimizer"])  # phases 2 and 3 are one run of the optimizer
     checkpoints = Checkpointer(cfg, "distill", cfg.steps[2], student, optimizer, teacher, describe(cfg, data))
     first_step = checkpoints.resume(env)
-    ddp_student = wrap_ddp(student, env, cfg.grad_accum_steps)
+    ddp_student = wrap_ddp(student, env, cfg.grad_accum_steps, cfg.compile)
+    run_teacher = compile_model(teacher, cfg.compile)
     clip_and_step = GuardedStep(student, optimizer, cfg.clip_grad_norm)
     labeled = data.labeled_batches("distill", first_step)
     unlabeled = data.unlabeled_batches("distill", first_step)
@@ -90,7 +100,7 @@ def distill(cfg: Config, env: Env, data: Data, criterion: SetCriterion) -> None:
 
         # The teacher sees the weak view, and what it is confident of becomes pseudo-labels.
         with torch.inference_mode(), autocast(env):
-            teacher_outputs = teacher(u["image"])
+            teacher_outputs = run_teacher(u["image"])
         pseudo = pseudo_labels(teacher_outputs, cfg.score_threshold, cfg.min_area)
         pseudo = clean_pseudo_labels(pseudo, cfg)  # not in the paper, off by default
 

@@ -123,6 +123,22 @@ def test_a_run_stopped_many_times_ends_bit_equal(
     tally(row, len(places), len(places))
 
 
+@slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_compiled_run_that_is_stopped_ends_bit_equal(train_only, tmp_path, tally, processes):
+    flags = "--compile", "true", "--grad-accum-steps", processes
+    job = train(train_only, tmp_path / "once", *flags, processes=processes)
+    assert job.wait(500) == [0] * processes, job.text()
+    for phase in PHASES:
+        fault = ("at_step", processes - 1, phase, 1, "SIGTERM")
+        job = train(train_only, tmp_path / "cut", *flags, processes=processes, fault=fault)
+        assert job.wait(500) == [143] * processes and "saved at step 2" in job.text(), job.text()
+    job = train(train_only, tmp_path / "cut", *flags, processes=processes)
+    assert job.wait(500) == [0] * processes and "resumed at step" in job.text(), job.text()
+    assert differences(tmp_path / "once", tmp_path / "cut") == []
+    tally(f"stops of a compiled run resumed bit-exact, {processes} processes", 3, 3)
+
+
 def test_fine_tuning_can_be_added_to_a_completed_run_and_resumed(train_only, uninterrupted, tmp_path):
     before = load_checkpoint(uninterrupted(1) / "distill.pt")
     for out in ("once", "cut"):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from commands import run
+from commands import run, same
 from conftest import TINY
 from safetensors.torch import load_file, save_file
 from torch.torch_version import TorchVersion
@@ -721,7 +721,12 @@ def test_without_a_network_one_line_says_what_to_download(hub, shapes, tmp_path)
     assert hub == [f"{repo}/resolve/main/model.safetensors"]
     assert done.stdout.count("\n") == done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: cannot download the pretrained weights of 'dinov3_s' (OSError: ")
-    for word in (f"model.safetensors from {repo} ", "pass it as --pretrained", "--pretrained false", "not known"):
+    for word in (
+        f"model.safetensors from {repo} ",
+        "pass it as --pretrained",
+        "--pretrained false",
+        "not known",
+    ):
         assert word in done.stderr
 
 
@@ -745,6 +750,18 @@ def test_a_run_from_cached_weights_is_silent_and_is_resumed_without_them(
     built.clear()
     assert "resumed at step 6 of 6" in run("burnin.py", *flags).stdout
     assert not hub and built and not any("pretrained" in args for args in built)
+
+
+def test_a_student_that_is_a_copy_of_the_teacher_needs_no_download(hub, shapes, tmp_path):
+    sizes = dict(hidden_dim=32, encoder_layers=1, encoder_ffn=32, decoder_layers=1, decoder_ffn=32)
+    args = dict(num_classes=4, backbone="test_vit", norm="group", num_queries=3, **sizes)
+    checkpoint = {"format": 2, "model": Mask2Former(**args).state_dict(), "model_args": args}
+    torch.save(checkpoint, tmp_path / "teacher.pt")
+    flags = PRETRAINED.replace("--supervised-only ", "").split() + ["--student-from-teacher", "true"]
+    flags += ["--data", shapes, "--preset", "auto", "--teacher-checkpoint", tmp_path / "teacher.pt"]
+    run("burnin.py", *flags, "--out", tmp_path / "run")
+    found = load_any_checkpoint(tmp_path / "run/burnin.pt")["model"]
+    assert not hub and same(dict(found), dict(checkpoint["model"])), "the learning rate is 0"
 
 
 def test_pretrained_weights_of_another_size_are_refused_in_one_line(hub, cached, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The method: pseudo-labels, the training steps of phases 2 and 3, the EMA teacher."""
 
+import functools
 import math
 from types import SimpleNamespace
 
@@ -454,6 +455,30 @@ def test_micro_batches_have_the_losses_and_the_gradient_of_the_whole_batch(run_s
         torch.testing.assert_close(parts.losses[name], whole.losses[name], rtol=1e-4, atol=1e-4)
     for found, expected in zip(parts.student.parameters(), whole.student.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def graphs_only(monkeypatch):
+    """torch.compile captures its graphs, forward and backward, but generates no code, which takes minutes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+@pytest.mark.parametrize("micro_batches", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_compiled_step_has_the_losses_and_the_gradient_of_an_eager_one(
+    run_step, graphs_only, micro_batches
+):
+    eager = run_step(grad_accum_steps=micro_batches)
+    compiled = run_step(grad_accum_steps=micro_batches, compile=True)
+    assert sum(len(target["labels"]) for target in compiled.pseudo) > 0
+    for name in eager.losses:
+        torch.testing.assert_close(compiled.losses[name], eager.losses[name], rtol=1e-5, atol=0)
+    assert relative_difference(compiled.student, eager.student) < 1e-5
+
+
+def relative_difference(one, other):
+    """Return how far the gradients of two models are apart, relative to the norm of the second."""
+    one, other = (torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (one, other))
+    return (one - other).norm() / other.norm()
 
 
 def test_a_guided_step_reads_from_a_gpu_three_times(run_step):

@@ -559,6 +559,7 @@ def test_a_flag_overrides_the_preset_and_the_preset_the_default():
 
 FORMER_FLAGS = {
     "accumulate": "2",
+    "backbone_weights": "a.pt",
     "clip": "0.5",
     "colour": "true",
     "fine_masks": "true",

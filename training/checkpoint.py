@@ -56,7 +56,15 @@ KEEP = 2  # checkpoints of a running phase: the newest may be damaged
 # Options that may change when a run is resumed. The supervised baseline shares the folder of a run, and
 # --scale-to-batch shows in lr, steps and ema_decay.
 MAY_CHANGE_ON_RESUME = {"out", "preset", "workers", "device", "supervised_only"}
-MAY_CHANGE_ON_RESUME |= {"hours", "grad_accum_steps", "log_every", "save_every", "eval_every", "tensorboard"}
+MAY_CHANGE_ON_RESUME |= {
+    "hours",
+    "grad_accum_steps",
+    "compile",
+    "log_every",
+    "save_every",
+    "eval_every",
+    "tensorboard",
+}
 
 
 # Options that a phase does not use, so that they may change after it.

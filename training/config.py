@@ -108,6 +108,7 @@ class Config:
     out: str = option("", "folder of checkpoints and logs; default: runs/<data>-<ratio>")
     device: str = option("", "cuda, mps or cpu; default: the best available")
     precision: str = option("", "bf16 or fp32; default: bf16 where the device is fast at it")
+    compile: bool = option(False, "compile the model with torch.compile: minutes at the start of a phase")
     log_every: int = option(50, "steps between two log lines", min=1)
     save_every: int = option(1000, "steps between two checkpoints to resume from", min=1)
     eval_every: int = option(0, "steps between two evaluations; 0: only at the end of a phase")

@@ -103,6 +103,24 @@ def autocast(env: Env):
     return torch.autocast(env.device.type, torch.bfloat16, enabled=env.bf16)
 
 
+def compile_model(model: nn.Module, compiled: bool = True) -> nn.Module:
+    """Return what to call in place of the model: one compiled graph for batches of one size. The model
+    itself is unchanged, for checkpoints, the EMA and evaluation."""
+    if not compiled:
+        return model
+    torch.compiler.reset()  # the graphs of the former phase, which count towards a limit
+    return torch.compile(model, fullgraph=True, dynamic=False)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ValueError if torch.compile does not work on this machine."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # of many kinds: without a C++ compiler, without Triton, on an old GPU
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"--compile: torch.compile does not work here: {reason}") from None
+
+
 def tune_glibc_malloc() -> None:
     """Keep freed memory in the process: otherwise every step on a CPU faults its pages in again, which took a
     quarter of its time (benchmarks/RESULTS.md)."""
@@ -132,13 +150,14 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def wrap_ddp(model: nn.Module, env: Env, grad_accum_steps: int = 1) -> nn.Module:
+def wrap_ddp(model: nn.Module, env: Env, grad_accum_steps: int = 1, compiled: bool = False) -> nn.Module:
     """Return what to call in place of the model: it averages gradients over ranks, synchronizes batch
-    norms on GPUs, and runs a batch in `grad_accum_steps` micro-batches. The model keeps its parameters
-    and their names."""
+    norms on GPUs, and runs a batch in `grad_accum_steps` micro-batches, compiled or not. The model keeps its
+    parameters and their names."""
     on_gpus = env.device.type == "cuda"
     if world_size() > 1 and on_gpus:
         model = timm.layers.convert_sync_batchnorm(model)
+    model = compile_model(model, compiled)
     if grad_accum_steps > 1:
         model = MicroBatched(model, grad_accum_steps)
     if world_size() > 1:

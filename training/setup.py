@@ -33,6 +33,7 @@ from training.config import PRESETS, Config, read_settings, rescale_for_batch_si
 from training.distributed import (
     Env,
     all_gather_list,
+    check_compiler,
     init_distributed,
     print_rank0,
     rank,
@@ -52,7 +53,8 @@ def set_up(cfg: Config) -> tuple[Env, Data, SetCriterion]:
     if rank() == 0:
         lock(Path(cfg.out))
     complete_settings(cfg, data)
-    starts_elsewhere = cfg.init_from or cfg.student_checkpoint
+    copies = cfg.teacher_checkpoint and cfg.student_from_teacher
+    starts_elsewhere = cfg.init_from or cfg.student_checkpoint or copies
     if cfg.pretrained == "true" and not starts_elsewhere and not has_checkpoints(cfg.out):
         download_pretrained(cfg.backbone)  # raises if it cannot
     weights = dict(zip(("weight_class", "weight_mask", "weight_dice"), cfg.loss_weights))
@@ -72,6 +74,8 @@ def join_processes(cfg: Config) -> Env:
     lr_multiplier(cfg.schedule, progress=0.0)  # raises for an unknown name
     if cfg.tensorboard:
         tensorboard_writer()
+    if cfg.compile:
+        check_compiler(env.device)
     return env
 
 
