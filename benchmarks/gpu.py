@@ -22,21 +22,26 @@ sys.path.insert(0, str(ROOT))
 # Part: (limit in seconds, command, flags that make it tiny on a CPU; None: it needs a GPU).
 SIZE = "--size 1024 --rounds 3 --device cuda"
 PARTS = {
-    "parity with the CPU": (90, "-m pytest -q -m gpu tests/test_gpu.py -k equal", None),
+    "parity with the CPU": (70, "-m pytest -q -m gpu tests/test_gpu.py -k equal", None),
     "steps of 2 images": (
         110,
         f"benchmarks/step.py {SIZE} --batch 2 --only ours_bf16 hugging_face_bf16 guided_bf16",
         "--size 64 --rounds 1 --device cpu",
     ),
-    "launches of a guided step": (60, "benchmarks/gpu.py --part launches", "--dry-run"),
+    "guided step of 2 images, compiled": (
+        120,
+        f"benchmarks/step.py {SIZE} --batch 2 --only guided_compiled",
+        "--size 64 --rounds 1 --device cpu",
+    ),
+    "launches of a guided step": (45, "benchmarks/gpu.py --part launches", "--dry-run"),
     "steps of 16 images": (
-        90,
+        80,
         f"benchmarks/step.py {SIZE} --batch 16 --only ours_bf16 hugging_face_bf16",
         "--size 64 --rounds 1 --device cpu --batch 2",
     ),
-    "cut and resumed under NCCL": (60, "-m pytest -q -m gpu tests/test_gpu.py -k resume", None),
-    "Triton kernels": (60, "-m pytest -q -m gpu tests/test_triton.py", None),
-    "inference": (40, "benchmarks/gpu.py --part inference", "--dry-run"),
+    "cut and resumed under NCCL": (45, "-m pytest -q -m gpu tests/test_gpu.py -k resume", None),
+    "Triton kernels": (40, "-m pytest -q -m gpu tests/test_triton.py", None),
+    "inference": (25, "benchmarks/gpu.py --part inference", "--dry-run"),
 }
 
 

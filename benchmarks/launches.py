@@ -1,6 +1,7 @@
 """Count the operations of a guided training step, each of which a GPU would have to launch. Needs no GPU.
 
     python benchmarks/launches.py              # R50, 100 queries, 2 + 2 images, bf16
+    python benchmarks/launches.py --compiled   # the model after torch.compile, in some minutes
 
 A GPU that is faster than its launches waits for them, so their number is a time. The step is run on a CPU, on
 images of 64 x 64: the number of operations does not depend on their size. What a GPU would do otherwise is
@@ -10,16 +11,24 @@ emulated:
 - Deformable attention counts as one launch forward and two backward (deform_attn_triton.py).
 - The model and the loss take the ways that they take on a GPU, such as one chunk in the matcher.
 - Views are free. A convolution's backward pass has a launch for each gradient, a normalization's has two.
-- Copies between host and device are not counted, nor are kernels that cuDNN or sort() add."""
+- Copies between host and device are not counted, nor are kernels that cuDNN or sort() add.
+- Compiled, a launch is a node that the scheduler of TorchInductor is left with after fusion for the CPU. A
+  GPU's has fewer: there the _foreach_ functions of frozen norms are one kernel each."""
 
 import argparse
 import copy
+import functools
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._inductor import scheduler
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -196,12 +205,80 @@ def count_guided_step(num_images: int = 2, size: int = 64, **model_args) -> Coun
     return count
 
 
+def count_compiled(network, images) -> list[int]:
+    """Count the launches of a compiled model: [forward, backward], or [forward] for a teacher. The kernels
+    are generated but not built; the graph runs as it was before."""
+    counts = []
+
+    def compile_graph(graph, inputs, **kwargs):
+        copied = torch.fx.Graph()
+        copied.output(copied.graph_copy(graph.graph, {}))
+        runnable = torch.fx.GraphModule(graph, copied)
+        compile_fx_inner(graph, inputs, **kwargs)
+        return make_boxed_func(runnable.forward)
+
+    generate = scheduler.Scheduler.codegen
+
+    def count_and_generate(self):
+        counts.append(sum(map(launches_of_node, self.nodes)))
+        return generate(self)
+
+    backend = functools.partial(compile_fx, inner_compile=compile_graph)
+    with (
+        torch._inductor.config.patch(force_disable_caches=True),
+        mock.patch.object(AsyncCompile, "cpp_pybinding", lambda *_, **__: lambda *_: None),
+        mock.patch.object(scheduler.Scheduler, "codegen", count_and_generate),
+    ):
+        called = torch.compile(network, fullgraph=True, dynamic=False, backend=backend)
+        with torch.set_grad_enabled(network.training), torch.autocast("cpu", torch.bfloat16):
+            outputs = called(images)
+        if network.training:
+            tensors = [x for x in tree_leaves(outputs) if x.requires_grad]
+            torch.autograd.backward(tensors, [torch.zeros_like(x) for x in tensors])
+    torch.compiler.reset()
+    return counts
+
+
+def tree_leaves(outputs) -> list:
+    """Return the tensors of `Outputs`, dictionaries and lists."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    parts = outputs.stored.values() if isinstance(outputs, model.Outputs) else outputs
+    return [x for part in parts for x in tree_leaves(part)]
+
+
+def launches_of_node(node) -> int:
+    """Return how many launches a node of TorchInductor's scheduler takes."""
+    if isinstance(node, scheduler.ExternKernelSchedulerNode):
+        name = getattr(node.node, "python_kernel_name", None) or ""
+        if "convolution_backward" in name or "ms_deform_attn_cpu_backward" in name:
+            return 2
+        return 0 if type(node.node).__name__ == "MultiOutput" else 1
+    return 0 if isinstance(node, scheduler.NopKernelSchedulerNode) else 1
+
+
+def print_compiled(count: CountLaunches, num_images: int) -> None:
+    """Print the launches of the compiled model, and of the step with it."""
+    student = Mask2Former(NUM_CLASSES).train()
+    teacher = copy.deepcopy(student).eval().requires_grad_(False)
+    images = make_batch(64, num_images, objects=0)[0]
+    forward, backward = count_compiled(student, torch.cat([images, images]))
+    [teacher_forward] = count_compiled(teacher, images)
+    eager = sum(n for part, n in count.counts.items() if part.split()[0] not in ("student", "teacher"))
+    rows = {"teacher forward": teacher_forward, "student forward": forward, "student backward": backward}
+    rows["all else"] = eager - count.counts[ON_HOST]
+    for part, number in rows.items():
+        print(f"compiled: {part:22}{number:6}")
+    print(f"compiled: {'all':22}{sum(rows.values()):6}")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=2, help="labeled images, and as many unlabeled")
     parser.add_argument("--operations", action="store_true", help="also list the operations of each part")
+    parser.add_argument("--compiled", action="store_true", help="also count with a compiled model")
     flags = parser.parse_args()
     count = count_guided_step(flags.images)
     for part, number in count.counts.items():
@@ -210,6 +287,8 @@ def main():
         if flags.operations:
             print("".join(f"    {name:40}{n:6}\n" for name, n in names.items()), end="")
     print(f"{'all':32}{count.total:6}")
+    if flags.compiled:
+        print_compiled(count, flags.images)
 
 
 if __name__ == "__main__":

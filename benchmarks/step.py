@@ -40,7 +40,15 @@ from burnin import merge_losses, pseudo_labels
 from distill import ema_update
 from matcher import SetCriterion
 from training.config import Config
-from training.distributed import Env, autocast, init_distributed, num_objects, to_device, wrap_ddp
+from training.distributed import (
+    Env,
+    autocast,
+    compile_model,
+    init_distributed,
+    num_objects,
+    to_device,
+    wrap_ddp,
+)
 from training.micro_batches import split_outputs
 from training.optimization import GuardedStep, build_optimizer
 
@@ -55,7 +63,7 @@ def ours(flags, precision="fp32", compiled=False):
     criterion = SetCriterion(NUM_CLASSES).to(env.device)
     parts = dict(backbone=student.backbone, pixel_decoder=student.pixel_decoder, decoder=student.decoder)
     clock = Clock(env.device, losses=criterion, **({} if compiled else parts))
-    called = torch.compile(student) if compiled else student
+    called = compile_model(student, compiled)
 
     def step():
         student.zero_grad(set_to_none=True)
@@ -125,7 +133,7 @@ def hugging_face_bf16(flags):
     return hugging_face(flags, "bf16")
 
 
-def guided(flags, precision="fp32", grad_accum_steps=1):
+def guided(flags, precision="fp32", grad_accum_steps=1, compiled=False):
     """Run the training step of distill.py, without loading and logging."""
     env = init_distributed(flags.device, precision)
     images, targets = make_batch(flags.size, flags.batch, flags.objects)
@@ -143,12 +151,13 @@ def guided(flags, precision="fp32", grad_accum_steps=1):
     cfg = Config(score_threshold=float(ranked[: flags.objects * len(unlabeled_images) + 1][-1]))
     optimizer = build_optimizer(student, cfg)
     clip_and_step = GuardedStep(student, optimizer, cfg.clip_grad_norm)
-    ddp_student = wrap_ddp(student, env, grad_accum_steps)
+    ddp_student = wrap_ddp(student, env, grad_accum_steps, compiled)
+    run_teacher = compile_model(teacher, compiled)
 
     def step():
         x, u = to_device(labeled, env), to_device(unlabeled, env)
         with torch.inference_mode(), autocast(env):
-            teacher_outputs = teacher(u["image"])
+            teacher_outputs = run_teacher(u["image"])
         pseudo = pseudo_labels(teacher_outputs, cfg.score_threshold, cfg.min_area)
         with autocast(env):
             outputs = ddp_student(torch.cat([x["image"], u["strong"]]))
@@ -175,10 +184,17 @@ def guided_in_parts(flags):
     return guided(flags, "fp32", grad_accum_steps=2 * flags.batch)
 
 
+def guided_compiled(flags):
+    """Run the guided step as with --compile."""
+    step, clock = guided(flags, "fp32" if flags.device == "cpu" else "bf16", compiled=True)
+    step()
+    return step, clock
+
+
 def main():
     supervised, guided_sides = (ours, hugging_face, ours_bf16), (guided, guided_bf16, guided_in_parts)
     on_request = ours_plain, ours_compiled, hugging_face_bf16
-    sides = {side.__name__: side for side in (*supervised, *guided_sides, *on_request)}
+    sides = {side.__name__: side for side in (*supervised, *guided_sides, *on_request, guided_compiled)}
     default = [side.__name__ for side in (*supervised, *guided_sides)]
     numbers = dict(size=512, batch=2, objects=7, rounds=5, threads=2)
     parser = make_parser(__doc__, **numbers)
@@ -187,7 +203,7 @@ def main():
     flags = parse_flags(parser, sides, default)
     print_headline(flags)
     rows = take_turns(__file__, [side.__name__ for side in (*supervised, *on_request)], flags)
-    rows |= take_turns(__file__, [side.__name__ for side in guided_sides], flags)
+    rows |= take_turns(__file__, [side.__name__ for side in (*guided_sides, guided_compiled)], flags)
     columns = ["step", *PARTS, "peak GiB"]
     print_table("seconds", rows, [*columns, "pseudo-labels"])
     if "hugging_face" in rows:
