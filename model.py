@@ -331,7 +331,7 @@ class FeaturePyramid(nn.Module):
         H, W = images.shape[2:]
         if self.multiple != STRIDES[-1]:
             images = F.pad(images, (0, -W % self.multiple, 0, -H % self.multiple))
-        if self.folded_convs:
+        if not torch.compiler.is_compiling():  # An exported or compiled graph folds each on its own.
             for conv, folded in zip(self.folded_convs, fold_norms(self.folded_convs)):
                 conv.folded = folded
         features = self.body(images)
@@ -374,13 +374,21 @@ class ConvFrozenBN(nn.Conv2d):
     """Compute a convolution and the frozen batch norm after it in one step, by scaling the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, bias = self.folded or fold_norms([self])[0]
+        scale, bias = self.folded or fold_norm(self.norm[0])
         weight = self.weight * scale.view(-1, 1, 1, 1)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
+def fold_norm(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return a frozen norm as a scale and a bias."""
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
 def fold_norms(convs: list[ConvFrozenBN]) -> list[tuple[Tensor, Tensor]]:
-    """Return the scale and the bias of each convolution's norm, all in a few kernel launches."""
+    """Do what `fold_norm` does for the norms of all convolutions, in a few kernel launches."""
+    if not convs:
+        return []
     norms = [conv.norm[0] for conv in convs]
     variances = torch._foreach_add([n.running_var for n in norms], [n.eps for n in norms])
     scales = torch._foreach_div([n.weight for n in norms], torch._foreach_sqrt(variances))

@@ -3,6 +3,7 @@ AP beside pycocotools as its own examples use it.
 
     python benchmarks/evaluate.py                      # R50, 512 x 512, one image at a time
     python benchmarks/evaluate.py --size 1024 --rounds 3
+    python benchmarks/evaluate.py --only ours hugging_face compiled exported onnx    # in some minutes
 
 It prints median seconds, and their ratio to the peer's. Hugging Face's masks go through 384 x 384 pixels.
 Ours are made at the size of the image, as in the official code. Both become COCO's run-length encoding
@@ -41,7 +42,8 @@ from common import (
 
 from data import CocoDataset
 from evaluate import coco_results, instances, mask_ap
-from training.distributed import autocast, init_distributed
+from tools.export import write_programs
+from training.distributed import autocast, compile_model, init_distributed
 
 
 def encode(masks) -> list:
@@ -49,16 +51,17 @@ def encode(masks) -> list:
     return rle_tools.encode(np.asfortranarray(masks.permute(1, 2, 0).to(torch.uint8).numpy()))
 
 
-def ours(flags, precision="fp32"):
+def ours(flags, precision="fp32", called=lambda model: model):
     """Run our model on images, and encode its instances."""
     env = init_distributed("cpu", precision)
     model, clock, sizes = load_ours(flags.folder).eval(), Clock(), [(flags.size, flags.size)] * flags.batch
     images, _ = make_batch(flags.size, flags.batch, 0)
+    run = called(model)
 
     @torch.inference_mode()
     def step():
         with clock("forward"), autocast(env):
-            outputs = model(images)
+            outputs = run(images)
         with clock("instances"):
             results = instances(outputs, sizes)
         with clock("encoding"):
@@ -70,6 +73,49 @@ def ours(flags, precision="fp32"):
 
 def ours_bf16(flags):
     return ours(flags, "bf16")
+
+
+def compiled(flags):
+    """Run our model after torch.compile."""
+    return ours(flags, called=compile_model)
+
+
+def exported(flags):
+    """Run model.pt2, which gives scores, labels and masks of an image."""
+    return program(flags, lambda folder: torch.export.load(folder / "model.pt2").module())
+
+
+def onnx(flags):
+    """Run model.onnx with ONNX Runtime."""
+    import onnxruntime
+
+    def load(folder):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = flags.threads
+        session = onnxruntime.InferenceSession(folder / "model.onnx", options)
+        return lambda image: map(torch.from_numpy, session.run(None, {"image": image.numpy()}))
+
+    return program(flags, load)
+
+
+def program(flags, load):
+    """Run a program of tools/export.py on images, and encode its instances."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        write_programs(load_ours(flags.folder).eval(), Path(folder), (flags.size, flags.size))
+        run = load(Path(folder))
+    images, _ = make_batch(flags.size, flags.batch, 0)
+
+    @torch.inference_mode()
+    def step():
+        for number, image in enumerate(images.split(1)):
+            with clock("forward"):
+                scores, labels, masks = run(image)
+            with clock("encoding"):
+                result = {"scores": scores, "labels": labels, "masks": masks}
+                coco_results(number, result, range(NUM_CLASSES))
+
+    return step, clock
 
 
 def hugging_face(flags):
@@ -141,12 +187,13 @@ def time_ap(flags) -> dict:
 
 
 def main():
-    sides = {side.__name__: side for side in (ours, hugging_face, ours_bf16)}
+    default = ours, hugging_face, ours_bf16
+    sides = {side.__name__: side for side in (*default, compiled, exported, onnx)}
     parser = make_parser(__doc__, size=512, batch=1, objects=0, rounds=5, threads=2)
     parser.add_argument(
         "--images", type=int, default=200, help="images of the AP part, each with 98 detections"
     )
-    flags = parse_flags(parser, sides, list(sides))
+    flags = parse_flags(parser, sides, [side.__name__ for side in default])
     print_headline(flags)
     rows, columns = (
         take_turns(__file__, sides, flags),

@@ -18,12 +18,13 @@ SIZES = [(192, 256), (150, 235)]  # neither was traced
 needs_export = pytest.mark.skipif(torch.__version__ < (2, 9), reason="export needs torch 2.9")
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
+@pytest.fixture(scope="module", params=["group", "frozen"])
+def exported(request, tmp_path_factory):
     """Return a tiny model, its program, the folder, and the printed text."""
     torch.manual_seed(1)
-    model, folder = Mask2Former(**TINY).eval(), tmp_path_factory.mktemp("exported")
-    checkpoint = {"format": 2, "model": model.state_dict(), "teacher": None, "model_args": TINY}
+    model_args = {**TINY, "norm": request.param}
+    model, folder = Mask2Former(**model_args).eval(), tmp_path_factory.mktemp("exported")
+    checkpoint = {"format": 2, "model": model.state_dict(), "teacher": None, "model_args": model_args}
     torch.save(checkpoint, folder / "distill.pt")
     printed = run("tools.export", folder / "distill.pt", folder / "out").stdout
     return model, torch.export.load(folder / "out/model.pt2"), folder / "out", printed
