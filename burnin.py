@@ -126,7 +126,7 @@ def guided_burn_in(cfg: Config, env: Env, data: Data, criterion: SetCriterion) -
     frozen teacher. Writes burnin.pt."""
     source = load_teacher_checkpoint(cfg, data.train.class_names)
     teacher = load_model(source, env.device)  # frozen
-    if cfg.student_from_teacher:  # not in the paper, off by default
+    if cfg.student_from_teacher:  # beyond the paper
         student = load_model(source, env.device).requires_grad_(True).train()
     else:
         student = build_model(cfg, data, "student").train()  # fresh, not a copy of the teacher
@@ -152,7 +152,7 @@ def guided_burn_in(cfg: Config, env: Env, data: Data, criterion: SetCriterion) -
         with torch.inference_mode(), autocast(env):
             teacher_outputs = run_teacher(u["image"])
         pseudo = pseudo_labels(teacher_outputs, cfg.score_threshold, cfg.min_area)
-        pseudo = clean_pseudo_labels(pseudo, cfg)  # not in the paper, off by default
+        pseudo = clean_pseudo_labels(pseudo, cfg)  # beyond the paper
 
         strong, targets = mix_views(u["strong"], pseudo, cfg)  # unchanged by default
 

@@ -22,6 +22,7 @@ Letters in shapes: B images, S positions of all levels, M heads, D channels of a
 P points, R rows of the padded levels."""
 
 import warnings
+from typing import Sequence  # noqa: UP035, because torch 2.6 takes no other list in an operator's signature
 
 import torch
 import torch.nn.functional as F
@@ -60,16 +61,8 @@ def ms_deform_attn(
 # after the other.
 
 
-OPERATOR = "guided_distillation::ms_deform_attn_cpu"
-SCHEMA = "(Tensor value, Tensor locations, Tensor weights, SymInt[] sizes) -> Tensor"
-SCHEMA_BACKWARD = (
-    "(Tensor value, Tensor locations, Tensor weights, Tensor grad_output, SymInt[] sizes)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-
-
-@torch.library.custom_op(OPERATOR, mutates_args=(), schema=SCHEMA)
-def attend(value: Tensor, locations: Tensor, weights: Tensor, sizes: list[int]) -> Tensor:
+@torch.library.custom_op("guided_distillation::ms_deform_attn_cpu", mutates_args=())
+def attend(value: Tensor, locations: Tensor, weights: Tensor, sizes: Sequence[int]) -> Tensor:
     levels, outputs = PaddedLevels(sizes, value.shape[2]), []
     for v, loc, w in zip(value, locations, weights):
         rows = levels.pad(v)
@@ -92,9 +85,9 @@ def _(value, locations, weights, sizes):
     return value.new_empty(B, N, M * D)
 
 
-@torch.library.custom_op(OPERATOR + "_backward", mutates_args=(), schema=SCHEMA_BACKWARD)
+@torch.library.custom_op("guided_distillation::ms_deform_attn_cpu_backward", mutates_args=())
 def attend_backward(
-    value: Tensor, locations: Tensor, weights: Tensor, grad_output: Tensor, sizes: list[int]
+    value: Tensor, locations: Tensor, weights: Tensor, grad_output: Tensor, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     levels, grads = PaddedLevels(sizes, value.shape[2]), []
     for v, loc, w, grad in zip(value, locations, weights, grad_output):
@@ -145,7 +138,7 @@ class PaddedLevels:
     Samples outside a level read the border, so no sample needs a bounds check. The four corners of any sample
     are always `shifts` rows apart. A row holds the D channels of one position and one head."""
 
-    def __init__(self, sizes: list[int], num_heads: int):
+    def __init__(self, sizes: Sequence[int], num_heads: int):
         self.spatial_shapes, self.num_heads = list(zip(sizes[::2], sizes[1::2])), num_heads
         self.width = 2 + max(W for H, W in self.spatial_shapes)
         self.shifts = 0, num_heads, self.width * num_heads, (self.width + 1) * num_heads

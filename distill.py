@@ -102,7 +102,7 @@ def distill(cfg: Config, env: Env, data: Data, criterion: SetCriterion) -> None:
         with torch.inference_mode(), autocast(env):
             teacher_outputs = run_teacher(u["image"])
         pseudo = pseudo_labels(teacher_outputs, cfg.score_threshold, cfg.min_area)
-        pseudo = clean_pseudo_labels(pseudo, cfg)  # not in the paper, off by default
+        pseudo = clean_pseudo_labels(pseudo, cfg)  # beyond the paper
 
         strong, targets = mix_views(u["strong"], pseudo, cfg)  # unchanged by default
 

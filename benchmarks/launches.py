@@ -4,16 +4,15 @@
     python benchmarks/launches.py --compiled   # the model after torch.compile, in some minutes
 
 A GPU that is faster than its launches waits for them, so their number is a time. The step is run on a CPU, on
-images of 64 x 64: the number of operations does not depend on their size. What a GPU would do otherwise is
+images of 64 x 64: the number of operations does not depend on their size. What a GPU would do differently is
 emulated:
 
 - Autocast casts as on CUDA: normalizations, softmax and sums are in fp32, for instance.
 - Deformable attention counts as one launch forward and two backward (deform_attn_triton.py).
-- The model and the loss take the ways that they take on a GPU, such as one chunk in the matcher.
+- Model and loss take the code paths that they take on a GPU, such as one chunk in the matcher.
 - Views are free. A convolution's backward pass has a launch for each gradient, a normalization's has two.
 - Copies between host and device are not counted, nor are kernels that cuDNN or sort() add.
-- Compiled, a launch is a node that the scheduler of TorchInductor is left with after fusion for the CPU. A
-  GPU's has fewer: there the _foreach_ functions of frozen norms are one kernel each."""
+- Compiled, a launch is a node that the scheduler of TorchInductor is left with after fusion for a CPU."""
 
 import argparse
 import copy
@@ -139,7 +138,7 @@ class DeformableAttention(torch.autograd.Function):
 
 
 def as_on_a_gpu():
-    """Let the model and the loss take the ways that they take on a GPU."""
+    """Let the model and the loss take the code paths that they take on a GPU."""
     model.prefers_channels_last = lambda x: True
     model.linear = F.linear
     model.fastest_ms_deform_attn = lambda device: DeformableAttention.apply

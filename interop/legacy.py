@@ -15,7 +15,6 @@ CONFIG_RENAMES = {
     "teacher": "teacher_checkpoint",
     "student": "student_checkpoint",
     "refine": "finetune_steps",
-    "backbone_weights": "pretrained",
 }
 MODEL_ARGS = ("hidden_dim", "encoder_layers", "encoder_ffn", "decoder_layers", "decoder_ffn")
 OPTIONAL_MODEL_ARGS = ("pixel_mean", "pixel_std", "backbone_args")  # moved along only if they are not empty

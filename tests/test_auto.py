@@ -61,6 +61,11 @@ def test_a_checkpoint_to_start_from_chooses_the_model():
         chosen = values(facts, stored)
         assert [chosen[name] for name in ("backbone", "norm", "num_queries")] == ["resnet10t", "group", 40]
         assert chosen["model_args"] == {"hidden_dim": 32}
+    full_size = {"num_classes": 7, "backbone": "resnet50", "norm": "frozen", "num_queries": 100}
+    chosen = values(PHOTOS, full_size)
+    assert not {"model_args", "precision", "clip_grad_norm"} & chosen.keys() and chosen["lr"] < 1e-4
+    del full_size["norm"]  # as in an official checkpoint
+    assert values(PHOTOS, full_size, pretrained="false")["norm"] == "frozen"
     chosen = values(PHOTOS, stored, backbone="resnet34")
     assert chosen["norm"] == "frozen" and chosen["num_queries"] == 20
     assert chosen["model_args"]["hidden_dim"] == 96

@@ -559,7 +559,6 @@ def test_a_flag_overrides_the_preset_and_the_preset_the_default():
 
 FORMER_FLAGS = {
     "accumulate": "2",
-    "backbone_weights": "a.pt",
     "clip": "0.5",
     "colour": "true",
     "fine_masks": "true",
@@ -574,6 +573,12 @@ FORMER_FLAGS = {
     "teacher": "a.pt",
     "unlabelled": "a b",
 }
+
+
+def test_a_file_of_backbone_weights_is_an_alias_of_pretrained():
+    """Also together with the --pretrained of commands of that version."""
+    for more in ([], ["--pretrained", "true"]):
+        assert parse_config(["--backbone-weights", "a.pt", *more]).pretrained == "a.pt"
 
 
 @pytest.mark.parametrize("old", ALIASES)

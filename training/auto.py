@@ -147,11 +147,10 @@ def choose_options(facts: Facts, given: dict, start: dict | None = None) -> dict
     start: the arguments of the model of the checkpoint that the run starts from, if any. They are kept,
     unless another backbone is given.
     Returns {name: (value, reason)} in the order of the banner."""
-    choices = {}
-    start = dict(start or {})
-    start.pop("num_classes", None)
-    if given.get("backbone", start.get("backbone")) != start.get("backbone"):
-        start = {}
+    choices, stored = {}, dict(start or {})
+    if given.get("backbone", stored.get("backbone")) != stored.get("backbone"):
+        stored = {}
+    from_checkpoint = bool(stored)
 
     def choose(name, value, reason):
         if name in given:
@@ -160,26 +159,27 @@ def choose_options(facts: Facts, given: dict, start: dict | None = None) -> dict
         return value
 
     on_gpu = facts.gpu_memory > 0
+    small = not on_gpu and (not from_checkpoint or stored.get("hidden_dim", 256) < 256)
     long_side, object_side = facts.long_side, facts.object_side
     as_stored = "as in the checkpoint that the run starts from"
-    if start:
-        choose("backbone", start.pop("backbone"), as_stored)
+    if from_checkpoint:
+        choose("backbone", stored.pop("backbone"), as_stored)
     else:
         backbone = "resnet50" if on_gpu else "resnet18"
         choose("backbone", backbone, "the paper's" if on_gpu else "a small one, for a CPU")
     pretrained = choose("pretrained", "true", "few labels need a pretrained backbone")
-    pretrained = pretrained != "false" or bool(given.get("init_from"))
-    if "norm" in start:
-        choose("norm", start.pop("norm"), as_stored)
+    if from_checkpoint:
+        norm = choose("norm", stored.pop("norm", "frozen"), as_stored)
     else:
-        norm_reason = "keeps the pretrained statistics" if pretrained else "for training from scratch"
-        choose("norm", "frozen" if pretrained else "group", norm_reason)
-    stored_queries = start.pop("num_queries", None)
-    if start:
-        choices["model_args"] = ({**start, **given.get("model_args", {})}, as_stored)
-    elif not on_gpu:
-        small = {**SMALL_MODEL, **given.get("model_args", {})}
-        choices["model_args"] = (small, "a narrow and shallow model, for a CPU")
+        group, frozen = ("group", "for training from scratch"), ("frozen", "keeps the pretrained statistics")
+        norm = choose("norm", *(group if pretrained == "false" else frozen))
+    stored_queries = stored.pop("num_queries", None)
+    stored.pop("num_classes", None)
+    if stored:
+        choices["model_args"] = ({**stored, **given.get("model_args", {})}, as_stored)
+    elif small and not from_checkpoint:
+        model_args = {**SMALL_MODEL, **given.get("model_args", {})}
+        choices["model_args"] = (model_args, "a narrow and shallow model, for a CPU")
 
     # Small objects need large crops. Where the whole image would need too large a one, crops are windows.
     crops = GPU_CROPS if on_gpu else CPU_CROPS
@@ -233,7 +233,7 @@ def choose_options(facts: Facts, given: dict, start: dict | None = None) -> dict
     else:
         # Windows show fewer objects than an image, and there are more of them.
         steps = (1500, 2000, 2000) if tile else (1000, 1500, 1500)
-        reason = "enough for a small model"
+        reason = "enough for a small model" if small else "for a CPU"
     steps = choose("steps", steps, reason)
     steps = steps * 3 if len(steps) == 1 else steps
     options = recipe_options("robust", steps)
@@ -242,19 +242,20 @@ def choose_options(facts: Facts, given: dict, start: dict | None = None) -> dict
     for name, value in options.items():
         choose(name, value, "recipe robust")
     if not on_gpu:
-        choose("precision", "fp32", "bf16 does not speed up a model this small")
+        if small:
+            choose("precision", "fp32", "bf16 does not speed up a model this small")
         if "steps" not in given:
             choose("hours", 2.5, "for all phases on a CPU: fewer steps if they take longer")
 
-    if on_gpu:
-        choose("lr", round(1e-4 * math.sqrt(batch / 16), 8), "the paper's 1e-4 for 16 images, times sqrt(k)")
-    else:
+    if small:
         choose("lr", 1e-3, "for a small model and a short run")
         choose("clip_grad_norm", 1.0, "goes with the learning rate")
+    else:
+        choose("lr", round(1e-4 * math.sqrt(batch / 16), 8), "the paper's 1e-4 for 16 images, times sqrt(k)")
     choose("schedule", "cosine", "for short runs")
     choose("ema_decay", ema_decay(steps[2]), "averages over half of the last phase at most")
-    threshold = 0.7 if pretrained else 0.9
-    choose("score_threshold", threshold, "the paper's" if pretrained else "for training from scratch")
+    threshold, reason = (0.9, "for training from scratch") if norm == "group" else (0.7, "the paper's")
+    choose("score_threshold", threshold, reason)
     choose("save_every", 1000 if on_gpu else 100, "some minutes")
     return choices
 

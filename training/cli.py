@@ -136,8 +136,11 @@ def parse_config(argv=None, description=None) -> Config:
     for name in (*MODEL_ARGS, *TEST_SIZE):  # --hidden-dim 64 is --model-args '{"hidden_dim": 64}'
         parser.add_argument(option_flag(name), type=int, help=argparse.SUPPRESS)
     parser.add_argument("--backbone-args", type=_json, help=argparse.SUPPRESS)
+    parser.add_argument("--backbone-weights", help=argparse.SUPPRESS)  # FILE, now --pretrained FILE
     flags = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     flags.pop("settings_from", None)
+    if "backbone_weights" in flags:
+        flags["pretrained"] = flags.pop("backbone_weights")
     scale_to_batch, recipe = flags.pop("scale_to_batch", False), flags.pop("recipe", "")
     if {"hours", "steps"} <= flags.keys() and flags["hours"]:
         exit_with_error("--hours fits --steps to a time; drop one")

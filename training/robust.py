@@ -1,5 +1,5 @@
 """What goes beyond the paper: functions that clean pseudo-labels and that mix strong views. Each is an option
-that is off by default.
+that is off in the recipe `paper`.
 
 Letters in shapes: B images, N pseudo-labels of one image, H W pixels, h w = H W or H/4 W/4."""
 

@@ -39,6 +39,7 @@ from training.distributed import (
     rank,
     use_bf16,
     world_size,
+    wrap_ddp,
 )
 from training.metrics import print_banner, tensorboard_writer
 from training.optimization import build_optimizer, lr_multiplier
@@ -129,9 +130,10 @@ def set_options(cfg: Config, options: dict) -> None:
 
 def fit_to_hours(cfg: Config, data: Data, criterion: SetCriterion) -> None:
     """Set the steps that take --hours, as far as ten steps of a throwaway model tell."""
-    model = build_model(cfg, data, "teacher").train()
-    batches = data.labeled_batches("teacher", 0)
-    seconds = measure_step_seconds(model, build_optimizer(model, cfg), batches, criterion, data.env)
+    model = Mask2Former(**model_arguments(cfg, data)).to(data.env.device).train()  # any weights will do
+    optimizer, batches = build_optimizer(model, cfg), data.labeled_batches("teacher", 0)
+    called = wrap_ddp(model, data.env, cfg.grad_accum_steps, cfg.compile)
+    seconds = measure_step_seconds(called, optimizer, batches, criterion, data.env)
     reason = f"fit {cfg.hours:g} hours at {seconds:.3g} s for a step on labels, measured"
     apply_choices(cfg, {name: (value, reason) for name, value in fit_steps(cfg, seconds).items()})
 
