@@ -757,9 +757,10 @@ def test_a_student_that_is_a_copy_of_the_teacher_needs_no_download(hub, shapes, 
     args = dict(num_classes=4, backbone="test_vit", norm="group", num_queries=3, **sizes)
     checkpoint = {"format": 2, "model": Mask2Former(**args).state_dict(), "model_args": args}
     torch.save(checkpoint, tmp_path / "teacher.pt")
-    flags = PRETRAINED.replace("--supervised-only ", "").split() + ["--student-from-teacher", "true"]
-    flags += ["--data", shapes, "--preset", "auto", "--teacher-checkpoint", tmp_path / "teacher.pt"]
-    run("burnin.py", *flags, "--out", tmp_path / "run")
+    flags = PRETRAINED.replace("--supervised-only ", "").replace("--steps 2", "--hours 0.0001").split()
+    flags += ["--preset", "auto", "--student-from-teacher", "true", "--data", shapes]
+    flags += ["--teacher-checkpoint", tmp_path / "teacher.pt", "--out", tmp_path / "run"]
+    run("burnin.py", *flags)
     found = load_any_checkpoint(tmp_path / "run/burnin.pt")["model"]
     assert not hub and same(dict(found), dict(checkpoint["model"])), "the learning rate is 0"
 
