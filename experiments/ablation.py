@@ -13,6 +13,12 @@ its last checkpoint. At the end the file is printed as tables.
 
 --data animals and nuclei need a folder of that name in COCO form in the current folder (docs/RESULTS.md says
 what they are), and tf_efficientnet_lite2.safetensors, the ImageNet weights of timm's model of that name.
+--data nuclei starts from cells.pt, a model that has learned drawn cells:
+    python experiments/cells.py cells 2000
+    python distill.py --data cells --ratio 1 --backbone tf_efficientnet_lite2 \\
+        --pretrained tf_efficientnet_lite2.safetensors --hours 0 --recipe paper --tile 96 --crop 96,96 \\
+        --num-queries 40 --supervised-only --steps 400 --out runs/cells
+    mv runs/cells/supervised.pt cells.pt
 --data tiles needs mobilenetv2_100.safetensors, and tiles/, which experiments/tiles.py cuts from nuclei:
 
     python experiments/tiles.py nuclei tiles --size 96 --ratio 0.05 0.1 --seeds 0 1 2"""

@@ -1,7 +1,8 @@
 """Cells, a generated dataset for ablation.py --quick: gray images of crowded, blurred and noisy nuclei, as a
 fluorescence microscope shows them. Half of the cells are less than 13 pixels across.
 
-    python experiments/cells.py cells    # 400 + 100 images of 96 x 96, in COCO form"""
+    python experiments/cells.py cells          # 400 + 100 images of 96 x 96, in COCO form
+    python experiments/cells.py cells 2000     # 2,000 + 100 images"""
 
 import sys
 from pathlib import Path
@@ -54,6 +55,6 @@ def _blur(values: np.ndarray, sigma: float) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) not in (2, 3):
         sys.exit(__doc__)
-    write_cells(sys.argv[1])
+    write_cells(sys.argv[1], *map(int, sys.argv[2:]))

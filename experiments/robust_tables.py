@@ -26,6 +26,7 @@ SETTINGS = [
     ("shapes", 0.02),
     ("shapes", 0.05),
     ("shapes", 0.1),
+    ("nuclei-fresh", 0.1),
 ]
 CONTROLS = {"labels-as-long": "labels only, as many steps", "labels-as-many": "labels only, as many images"}
 ROWS = {**CONTROLS, "paper": "paper", "robust": "robust"}
@@ -46,9 +47,9 @@ QUESTIONS = {
         ("burn-in-turn", "burn-in-view"),
     ],
     "Does a copy of the teacher make a better student?": [("burn-in-copy", "burn-in-view")],
-    "Do fewer and surer pseudo-labels help?": [
+    "Do pseudo-labels help that weigh less, or that are fewer and surer?": [
+        ("burn-in-weight-0.5", "burn-in-copy"),
         ("burn-in-threshold-0.9", "burn-in-view"),
-        ("burn-in-weight-1", "burn-in-view"),
         ("burn-in-min-area", "burn-in-view"),
     ],
     "Is guided burn-in better than an unguided one, after distillation?": [("paper", "unguided")],

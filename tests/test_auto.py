@@ -187,7 +187,7 @@ def test_another_recipe_for_a_run_that_has_begun_is_not_ignored(shapes, tmp_path
     assert "phases 1 and 2 are done" in run("burnin.py", *flags, "--recipe", "robust").stdout
     done = run("burnin.py", *flags, "--recipe", "paper").stdout
     assert "burnin.pt in" in done
-    assert "was made with other options (strong_view 'color,noise,cutmix', now 'color')" in done
+    assert "was made with other options (unsupervised_weight 0.5, now 2.0)" in done
     assert "teacher kept" in done and (tmp_path / "run/burnin.previous.pt").exists()
 
 

@@ -205,7 +205,7 @@ def test_a_command_that_fails_is_an_error_and_after_a_stop_nothing_starts(ablati
 # --------------------------------------------------------------------------------------------------- recipes
 
 
-@pytest.mark.parametrize("data", ["shapes", "animals", "nuclei", "tiles"])
+@pytest.mark.parametrize("data", ["shapes", "animals", "nuclei", "nuclei-fresh", "tiles"])
 def test_every_recipe_is_a_command_with_the_flags_of_its_data(data, recipes):
     former = {"--" + name.replace("_", "-") for name in ALIASES}
     for recipe in recipes.RUNNABLE:

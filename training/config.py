@@ -255,6 +255,7 @@ RECIPES = {
         min_area=5,
         strong_view="color",
         student_from_teacher=False,
+        unsupervised_weight=2.0,
         finetune_steps=0,
     ),
     "robust": dict(
@@ -263,6 +264,7 @@ RECIPES = {
         min_area=5,
         strong_view="color,noise,cutmix",
         student_from_teacher=True,
+        unsupervised_weight=0.5,
     ),
 }
 
