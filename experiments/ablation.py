@@ -227,7 +227,7 @@ def main():
     for data, recipe in sorted({(data, recipe) for data, _, recipe, _ in chosen} & DUPLICATES):
         print(f"{recipe} is skipped: on {data} it repeats another recipe", file=sys.stderr)
     if "cells" in flags.data and not Path("datasets/cells").exists():
-        write_cells("datasets/cells")
+        write_cells("datasets/cells", radius=(9, 18))
     results = flags.results or flags.runs / "results.jsonl"
     ablation = Ablation(flags.runs, results, QUICK_STEPS if flags.quick else None)
     for number in (signal.SIGTERM, signal.SIGINT):

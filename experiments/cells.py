@@ -4,6 +4,7 @@ fluorescence microscope shows them. Half of the cells are less than 13 pixels ac
     python experiments/cells.py cells          # 400 + 100 images of 96 x 96, in COCO form
     python experiments/cells.py cells 2000     # 2,000 + 100 images"""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -14,16 +15,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from layouts.shapes import write_dataset
 
 
-def write_cells(folder, num_train=400, num_val=100, size=96) -> None:
-    """Generate the dataset, the same files on every machine."""
-    write_dataset(folder, draw_cells, ("cell",), num_train, num_val, size)
+def write_cells(folder, num_train=400, num_val=100, size=96, radius=(4, 9)) -> None:
+    """Generate the dataset, the same files on every machine. radius: range of the typical radius of the cells
+    of an image, in pixels."""
+    draw = functools.partial(draw_cells, radius=radius)
+    write_dataset(folder, draw, ("cell",), num_train, num_val, size)
 
 
-def draw_cells(size: int, rng: np.random.Generator):
+def draw_cells(size: int, rng: np.random.Generator, radius=(4, 9)):
     """Draw one image. Returns its pixels (size, size, 3) uint8 and its objects [(0, mask)], which may touch
     but do not overlap."""
     taken, light, objects = np.zeros((size, size), bool), np.zeros((size, size)), []
-    typical = rng.uniform(4, 9)  # radius of the cells of this image, pixels
+    typical = rng.uniform(*radius)
     for _ in range(rng.integers(3, 25)):
         mask = _ellipse(
             size, rng.uniform(0, size, 2), typical * rng.uniform(0.6, 1.4, 2), rng.uniform(0, 180)

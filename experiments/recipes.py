@@ -28,7 +28,7 @@ DATA = {
         (2500, 1500, 1500),
     ),
 }
-QUICK_STEPS = (150, 200, 240)
+QUICK_STEPS = (200, 130, 150)
 
 # Checkpoints from which other recipes with the same seed start.
 STARTS = {
