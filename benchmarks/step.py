@@ -4,13 +4,14 @@ images and targets. The sides take turns, each in a process of its own, as a use
     python benchmarks/step.py                          # R50, 2 images of 512 x 512, 7 objects each
     python benchmarks/step.py --size 256 --rounds 9
     python benchmarks/step.py --allocator              # every side keeps freed memory
-    python benchmarks/step.py --only ours ours_plain ours_compiled
+    python benchmarks/step.py --only ours hugging_face ours_copied ours_compiled
     python benchmarks/step.py --device cuda --size 1024 \\
         --only ours hugging_face ours_bf16 hugging_face_bf16 guided_bf16
 
 It prints the median seconds of a step and of its parts, the peak memory, and both relative to Hugging Face's
 fp32 step. "guided" is the whole training step of distill.py: as many unlabeled as labeled images, a teacher,
-the optimizer and the EMA update. "ours_plain" is our model without deform_attn_cpu.py."""
+the optimizer and the EMA update. "ours_copied" has model.py and matcher.py alone, as in a project of other
+people: without deform_attn_cpu.py and our setting of the allocator."""
 
 import copy
 import sys
@@ -55,9 +56,20 @@ from training.optimization import GuardedStep, build_optimizer
 PARTS = ["backbone", "pixel_decoder", "decoder", "losses", "backward"]
 
 
-def ours(flags, precision="fp32", compiled=False):
+def plain_env(flags, precision: str) -> Env:
+    """Return an Env without `init_distributed`, which makes a process on a CPU keep freed memory."""
+    if flags.device == "cpu":
+        return Env(torch.device("cpu"), precision == "bf16")
+    return init_distributed(flags.device, precision)
+
+
+def our_env(flags, precision: str) -> Env:
+    return init_distributed(flags.device, precision)
+
+
+def ours(flags, precision="fp32", compiled=False, make_env=our_env):
     """Train our model on labeled images, without an optimizer."""
-    env = init_distributed(flags.device, precision)
+    env = make_env(flags, precision)
     images, targets = to_device(list(make_batch(flags.size, flags.batch, flags.objects)), env)
     student = load_ours(flags.folder).train().to(env.device)
     criterion = SetCriterion(NUM_CLASSES).to(env.device)
@@ -80,11 +92,11 @@ def ours_bf16(flags):
     return ours(flags, "bf16")
 
 
-def ours_plain(flags):
-    """Train our model as if the file deform_attn_cpu.py were not there."""
+def ours_copied(flags):
+    """Train our model as if only model.py and matcher.py were there."""
     model.ms_deform_attn_cpu, model.linear = None, F.linear
     model.prefers_channels_last = lambda x: False
-    return ours(flags)
+    return ours(flags, make_env=plain_env)
 
 
 def ours_compiled(flags):
@@ -95,12 +107,7 @@ def ours_compiled(flags):
 
 def hugging_face(flags, precision="fp32"):
     """Train Hugging Face's model on labeled images, without an optimizer."""
-    if (
-        flags.device == "cpu"
-    ):  # `init_distributed` would make it keep freed memory, which its users do not have.
-        env = Env(torch.device("cpu"), precision == "bf16")
-    else:
-        env = init_distributed(flags.device, precision)
+    env = plain_env(flags, precision)
     images, targets = to_device(list(make_batch(flags.size, flags.batch, flags.objects)), env)
     peer = load_hugging_face(flags.folder).train().to(env.device)
     parts = peer.model
@@ -193,7 +200,7 @@ def guided_compiled(flags):
 
 def main():
     supervised, guided_sides = (ours, hugging_face, ours_bf16), (guided, guided_bf16, guided_in_parts)
-    on_request = ours_plain, ours_compiled, hugging_face_bf16
+    on_request = ours_copied, ours_compiled, hugging_face_bf16
     sides = {side.__name__: side for side in (*supervised, *guided_sides, *on_request, guided_compiled)}
     default = [side.__name__ for side in (*supervised, *guided_sides)]
     numbers = dict(size=512, batch=2, objects=7, rounds=5, threads=2)
