@@ -503,7 +503,7 @@ def test_lines_and_text_grow_with_the_picture():
     assert white(3000) == pytest.approx(white(1200), rel=0.3)
 
 
-# ------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------- errors of torch
 
 
 @pytest.mark.parametrize(
@@ -528,6 +528,18 @@ def test_too_little_memory_of_a_gpu_is_the_same_line(capsys):
     with pytest.raises(SystemExit) as stop, expected_errors():
         raise torch.OutOfMemoryError(message)
     assert stop.value.code == 2 and "cannot allocate 2.00 GiB of memory; use" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_compiled_is_one_line_that_names_the_flag(capsys):
+    def branch_on_values(x):
+        return x if x.sum() > 0 else -x
+
+    compiled = torch.compile(branch_on_values, fullgraph=True, backend="eager")
+    with pytest.raises(SystemExit) as stop, expected_errors():
+        compiled(torch.ones(2))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("error: torch.compile cannot trace this model: ") and "drop --compile" in error
 
 
 # ------------------------------------------------------------------------------------------------ results

@@ -267,8 +267,8 @@ def exit_with_error(message, code: int = 2) -> NoReturn:
 
 @contextlib.contextmanager
 def expected_errors(kinds=(ValueError, OSError)):
-    """Turn expected errors (bad flags or files, too little memory, dead workers or peers) into a one-line
-    message without a traceback."""
+    """Turn expected errors (bad flags or files, too little memory, dead workers or peers, a model that
+    torch.compile cannot trace) into a one-line message without a traceback."""
     try:
         yield
     except kinds as error:
@@ -283,4 +283,7 @@ def expected_errors(kinds=(ValueError, OSError)):
             exit_with_error(f"cannot load data: {error}; fewer --workers need less memory")
         if re.search(r"Connection (closed|reset) by peer|Broken pipe", str(error)):
             exit_with_error("another process has failed; see its message", code=1)
+        if type(error).__module__ == "torch._dynamo.exc":  # such as a timm backbone that branches on values
+            reason = str(error).partition("\n")[0]
+            exit_with_error(f"torch.compile cannot trace this model: {reason}; drop --compile")
         raise
