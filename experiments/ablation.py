@@ -19,6 +19,7 @@ what they are), and tf_efficientnet_lite2.safetensors, the ImageNet weights of t
         --pretrained tf_efficientnet_lite2.safetensors --hours 0 --recipe paper --tile 96 --crop 96,96 \\
         --num-queries 40 --supervised-only --steps 400 --out runs/cells
     mv runs/cells/supervised.pt cells.pt
+--data nuclei-fresh starts from the ImageNet weights alone, as animals does.
 --data tiles needs mobilenetv2_100.safetensors, and tiles/, which experiments/tiles.py cuts from nuclei:
 
     python experiments/tiles.py nuclei tiles --size 96 --ratio 0.05 0.1 --seeds 0 1 2"""
@@ -189,7 +190,7 @@ def read_curve(own: Path) -> list[dict]:
 
 def training_hours(own: Path, batch: int = 8) -> float:
     """Return the hours of training, without evaluations, from the logged images per second. batch: that of
-    the preset shapes, which all recipes use."""
+    all recipes."""
     seconds, previous = 0.0, {}
     for line in read_metrics(own):
         if "images_per_second" in line:
@@ -218,11 +219,12 @@ def main():
         "--tables", action="store_true", help="write ABLATION.md, ROBUST.md and figures, run nothing"
     )
     flags = parser.parse_args()
+    if flags.quick:
+        parser.set_defaults(**recipes.QUICK, runs=Path("runs/ablation-quick"))
+        flags = parser.parse_args()  # other flags override those of --quick
     if flags.tables:
         write_page(read_records(RESULTS), RESULTS.parent)
         return robust_tables.write_page(read_records(RESULTS.with_name("robust.jsonl")), RESULTS.parent)
-    if flags.quick:
-        vars(flags).update(recipes.QUICK, runs=Path("runs/ablation-quick"))
     chosen = list(itertools.product(flags.data, flags.ratio, flags.recipes, flags.seeds))
     for data, recipe in sorted({(data, recipe) for data, _, recipe, _ in chosen} & DUPLICATES):
         print(f"{recipe} is skipped: on {data} it repeats another recipe", file=sys.stderr)

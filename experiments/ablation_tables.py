@@ -290,24 +290,24 @@ def make_commands(runs: list[dict], note: str) -> list[str]:
     """Make the section with the commands of all recipes that have been run. note: about their spelling."""
     lines = ["## Commands", "", "Unless a recipe overrides them, its commands also have these flags:", ""]
     lines += ["| data | flags |", "|---|---|"]
-    for data in sorted({run["data"] for run in runs}):
+    datasets = sorted({run["data"] for run in runs})
+    for data in datasets:
         flags, (t, b, d) = DATA[data]
         flags += f" --ratio RATIO --seed SEED --steps {t},{b},{d} --out OUT"
         lines.append(f"| {data} | `{flags}` |")
-    placeholders = (
-        "TEACHER, STUDENT and DISTILLED are teacher.pt, burnin.pt and distill.pt of Guided Distillation. "
-        "CLEAN and LABELS are the last checkpoints of `clean` and `labels-only`. A single number as "
-        "`--steps` is the length of each of the three phases."
-    )
-    lines += ["", wrap(placeholders), "", wrap(note), ""]
     names = {"own": "OUT"} | {name: name.upper() for name in STARTS}
-    numbers, recorded = step_numbers(*DATA["shapes"][1]), {run["recipe"] for run in runs}
-    lines += ["| recipe | description | commands, with the steps of shapes |", "|---|---|---|"]
+    example = "shapes" if "shapes" in datasets else datasets[0]
+    numbers, recorded = step_numbers(*DATA[example][1]), {run["recipe"] for run in runs}
+    rows = [f"| recipe | description | commands, with the steps of {example} |", "|---|---|---|"]
     for recipe, (_, commands) in RECIPES.items():
         if recipe in recorded:
             code = "<br>".join(f"`{command.format(**names, **numbers)}`" for command in commands)
-            lines.append(f"| `{recipe}` | {DESCRIPTIONS[recipe].strip('*')} | {code} |")
-    return lines
+            rows.append(f"| `{recipe}` | {DESCRIPTIONS[recipe].strip('*')} | {code} |")
+    starts = {name.upper(): path.split("/") for name, path in STARTS.items()}
+    starts = [f"{name} is {file} of `{recipe}`." for name, (recipe, file) in starts.items()
+              if f" {name}" in " ".join(rows)]  # fmt: skip
+    single = "A single number as `--steps` is the length of each of the three phases."
+    return lines + ["", wrap(" ".join([*starts, single])), "", wrap(note), "", *rows]
 
 
 def group_runs(runs: list[dict]) -> dict:

@@ -1,5 +1,5 @@
 """The page ROBUST.md, from the records in robust.jsonl: the paper's recipe, the recipe `robust` and labels
-alone on seven settings, and the experiments by which the recipe was chosen.
+only in several settings, and the experiments by which the recipe was chosen.
 
 Records are those of ablation.py (ablation_tables.py describes them)."""
 
@@ -170,14 +170,17 @@ INTRODUCTION = """\
 `python experiments/ablation.py --tables` makes this page from the runs in `robust.jsonl`. That file has the
 commands and the evaluations of every run.
 
-`paper` is the paper's recipe, `robust` the recipe of that name (`RECIPES` in `training/config.py`). Labels
-only were trained twice: for as many steps as all phases of `robust` together (teacher burn-in, guided
-burn-in, distillation and fine-tuning), and for as many steps as its student alone, which then has seen as
-many labeled images. *Gain* is over the one of the two with the higher mean.
+`paper` is the paper's recipe, `robust` the recipe of that name (`RECIPES` in `training/config.py`). The
+baseline, labels only, was trained for as many steps as all phases of `robust` together: teacher burn-in,
+guided burn-in, distillation and fine-tuning. So it has seen more labeled images than the student.{as_many}
 
 AP is the mask AP of the final student (no checkpoint selection), mean ± standard deviation (seeds). Gains
 are means of the paired differences ± their standard error (seeds): runs of one seed have the same labeled
 images, and the guided ones the same teacher."""
+
+AS_MANY_TEXT = """\
+ A second baseline was trained for as many steps as the student, and so for as many labeled images. *Gain* is
+over the one of the two with the higher mean."""
 
 QUESTIONS_TEXT = """\
 One change at a time, paired by seed: points of AP, mean [95 % confidence interval of Student's t] (pairs of
@@ -202,7 +205,9 @@ def list_figures(runs: list[dict]) -> list[tuple]:
 
 def make_page(runs: list[dict]) -> str:
     """Return the text of ROBUST.md."""
-    lines = ["# Two recipes", "", wrap(INTRODUCTION), "", *make_summary(group_by_row(runs)), ""]
+    as_many = AS_MANY_TEXT if "labels-as-many" in {run["recipe"] for run in runs} else ""
+    introduction = wrap(INTRODUCTION.format(as_many=as_many))
+    lines = ["# Two recipes", "", introduction, "", *make_summary(group_by_row(runs)), ""]
     hours, dates = sum(run["hours"] for run in runs), sorted({run["date"] for run in runs})
     period = " to ".join(sorted({dates[0], dates[-1]}))
     cost = f"{len(runs)} runs, {hours:.1f} hours of training without evaluations, {period}."

@@ -128,7 +128,7 @@ def test_objects_of_windows_are_counted_pixel_by_pixel(side):
 @pytest.mark.parametrize("processes", [1, 3, 8])
 def test_the_batch_is_a_multiple_of_the_processes(processes):
     for facts in (PHOTOS, ON_GPU):
-        assert values(dataclasses.replace(facts, num_gpus=processes))["batch"] % processes == 0
+        assert values(dataclasses.replace(facts, num_processes=processes))["batch"] % processes == 0
 
 
 def test_facts_are_those_of_the_drawn_images(shapes):
@@ -158,6 +158,28 @@ def test_steps_fit_the_hours():
     total = t + GUIDED_STEP_COST * (b + d) + fitted["finetune_steps"]
     assert total == pytest.approx(0.9 * 3600, rel=0.01) and b / t == pytest.approx(1, rel=0.01)
     assert fitted["ema_decay"] == ema_decay(d)
+
+
+@pytest.mark.parametrize("hours, scaled", [(1.0, True), (0.1, False)])
+def test_steps_of_fine_tuning_that_are_given_stay_and_the_others_fit_the_rest(hours, scaled):
+    cfg = config(given={"hours", "finetune_steps"}, hours=hours, steps=(100, 100, 200), finetune_steps=500)
+    fitted = fit_steps(cfg, seconds=1.0)
+    t, b, d = fitted["steps"]
+    assert "finetune_steps" not in fitted
+    if scaled:
+        assert t + GUIDED_STEP_COST * (b + d) + 500 == pytest.approx(0.9 * 3600, rel=0.01)
+    else:
+        assert (t, b, d) == (1, 1, 1), "fine-tuning alone takes longer"
+
+
+def test_hours_refit_the_steps_of_another_run(tmp_path):
+    options = dataclasses.asdict(Config(preset="auto", steps=(100, 100, 200), finetune_steps=50))
+    (tmp_path / "settings.json").write_text(json.dumps({"options": options, "choices": {}}))
+    flags = ["--data", "my_dataset", "--settings-from", str(tmp_path)]
+    cfg = parse_config([*flags, "--hours", "1"])
+    fitted = fit_steps(cfg, seconds=1.0)
+    assert fitted["steps"] != (100, 100, 200) and {"finetune_steps", "ema_decay"} <= fitted.keys()
+    assert {"steps", "finetune_steps", "ema_decay"} <= parse_config(flags).given
 
 
 def test_hours_that_auto_chose_are_a_limit_only():

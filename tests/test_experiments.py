@@ -179,14 +179,18 @@ def test_the_quick_table_has_runs_of_its_own(ablation, tmp_path, monkeypatch, ca
     quick = {"recipes": ["labels-only", "threshold-0.9"], "seeds": [0, 1]}  # threshold-0.9 is skipped
     monkeypatch.setattr(ablation.recipes, "QUICK", quick)
     monkeypatch.setattr(ablation.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["ablation.py", "--quick", "--ratio", "0.5", "--jobs", "1"])
+    words = ["ablation.py", "--quick", "--ratio", "0.5", "--jobs", "1", "--seeds", "1"]
+    monkeypatch.setattr(sys, "argv", words)
+    ablation.main()
+    assert "(1) |" in capsys.readouterr().out, "a flag overrides the choice of --quick"
+    monkeypatch.setattr(sys, "argv", words[:-2])
     ablation.main()
     printed = capsys.readouterr()
     assert "threshold-0.9 is skipped" in printed.err and "(2) |" in printed.out
     runs = ablation.read_records(tmp_path / "runs/ablation-quick/results.jsonl")
     assert [(run["seed"], run["steps"], run["curve"][-1]["step"]) for run in runs] == [
-        (0, [1, 1, 1], 3),
         (1, [1, 1, 1], 3),
+        (0, [1, 1, 1], 3),
     ]
 
 

@@ -195,6 +195,8 @@ def test_cutmix_of_a_single_image_and_of_nothing_changes_nothing():
     images, targets = mixing_batch(4, B=1)
     mixed, [result] = cutmix(images, targets, probability=1.0)
     assert torch.equal(mixed, images)
+    for name in ("labels", "masks"):
+        assert torch.equal(result[name], targets[0][name])
     nothing = [{"labels": t["labels"][:0], "masks": t["masks"][:0]} for t in targets]
     assert len(cutmix(images, nothing, probability=1.0)[1][0]["labels"]) == 0
 

@@ -16,8 +16,10 @@ from pycocotools.cocoeval import COCOeval
 from data import CocoDataset, labeled_split, read_image, split_hash
 from evaluate import predict_image
 from layouts import load_data
+from tools.predict import find_pseudo_labels
 from training.checkpoint import REQUIRED_KEYS, load_checkpoint, load_model, save_checkpoint
 from training.cli import parse_config
+from training.distributed import Env
 
 IDS, NAMES = [3, 8, 21], ["cat", "dog", "cow"]
 
@@ -120,6 +122,19 @@ def test_pseudo_labels_follow_the_threshold_that_was_asked_for(checkpoint, photo
     highest = content["images"][0]["doubt"]
     assert everything[-1] <= highest + 1e-3 < 0.95
     assert f"the highest score is {highest:.2f}; pass a --threshold below it" in done.stdout
+
+
+def test_a_minimum_area_may_be_a_share_of_the_image(checkpoint, photos):
+    model, image = load_model(load_checkpoint(checkpoint), "cpu"), read_image(photos / "a.png")
+    settings = {"env": Env(torch.device("cpu")), "test_size": (64, 96), "score_threshold": 0.0}
+
+    def shares(min_area):
+        rles = find_pseudo_labels(model, image, min_area=min_area, **settings)["rles"]
+        return [rle_tools.area(rle) / (image.width * image.height) for rle in rles]
+
+    largest = max(shares(0))
+    assert 0.01 < largest < 0.3
+    assert shares(largest / 3) and not shares(3 * largest)
 
 
 @pytest.fixture

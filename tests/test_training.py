@@ -20,7 +20,7 @@ from data import Augmentation, AugmentedDataset, CocoDataset, collate
 from layouts.shapes import write_shapes
 from matcher import SetCriterion
 from model import Mask2Former
-from training.checkpoint import completed_phases, load_checkpoint, load_student_checkpoint
+from training.checkpoint import completed_phases, load_checkpoint, load_student_checkpoint, save_checkpoint
 from training.cli import ALIASES, MODEL_ARGS, TEST_SIZE, parse_config
 from training.config import PRESETS, Config
 from training.distributed import Env, autocast, init_distributed, use_bf16
@@ -360,6 +360,16 @@ def test_options_of_later_phases_may_change_after_the_earlier_ones(
     result = load_checkpoint(tmp_path / "run/distill.pt")
     assert result["step"] == (7 if "7" in flags else 5)
     assert "all phases are done" in train(tiny, tmp_path / "run", "--steps", "5", *flags.split()).stdout
+
+
+def test_a_running_burn_in_keeps_the_schedule_that_it_shares_with_phase_3(tiny, completed, tmp_path):
+    shutil.copytree(completed[0], tmp_path / "run")
+    burnt_in = load_checkpoint(tmp_path / "run/burnin.pt") | {"step": 3}
+    for phase in ("burnin", "distill"):
+        (tmp_path / f"run/{phase}.pt").unlink()
+    save_checkpoint(tmp_path / "run/burnin.step-0000003.pt", burnt_in)
+    error = train(tiny, tmp_path / "run", "--steps", "5,5,7", code=2).stderr
+    assert "burnin.step-0000003.pt was made with other options (steps (5, 5), now (5, 7))" in error
 
 
 def test_labels_that_were_corrected_are_noticed(tiny, completed, tmp_path):

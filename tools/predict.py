@@ -57,7 +57,7 @@ from training.checkpoint import check_classes, load_model
 from training.cli import Parser, add_data_flags, data_args, expected_errors
 from training.config import Config
 from training.distributed import Env, autocast, warn_once, world_size
-from training.robust import mask_nms
+from training.robust import large_masks, mask_nms
 from training.run_data import Data, read_data
 from training.tiles import predict_tiles
 from training.visualize import draw_predictions
@@ -226,6 +226,7 @@ def find_pseudo_labels(
             outputs = model(torch.stack([to_tensor(image) for image in resized]).to(env.device))
         highest.append(float(outputs["pred_logits"].float().softmax(-1)[..., :-1].max()))
         found = mask_nms(pseudo_labels(outputs, score_threshold, min_area), mask_nms_iou)
+        found = large_masks(found, min_area) if 0 < min_area < 1 else found
         for image, small, pseudo in zip(images, resized, found):
             rles = []
             if len(pseudo["scores"]):

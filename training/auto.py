@@ -56,10 +56,10 @@ GPU_CROPS = Crops(object_side=32, smallest=256, whole=1024, largest=1024, window
 class Facts:
     """The facts that the choices depend on.
 
-    long_side: median longer side of the images, pixels. object_side: median of the square root of an
-    object's area, relative to the longer side of its image; large_object_side: 95th percentile. num_objects:
-    99th percentile and maximum of the objects of an image. boxes: `object_boxes` of each image. gpu_memory:
-    GiB of this process's GPU, 0 on a CPU. num_gpus: processes in all. num_local: processes of this machine,
+    long_side: median longer side of the images, pixels. object_side: median of the square root of an object's
+    area, relative to the longer side of its image; large_object_side: 95th percentile. num_objects: 99th
+    percentile and maximum of the objects of an image. boxes: `object_boxes` of each image. gpu_memory: GiB of
+    this process's GPU, 0 on a CPU. num_processes: processes in all. num_local: processes of this machine,
     which share its num_cores."""
 
     long_side: int
@@ -69,7 +69,7 @@ class Facts:
     num_labeled: int
     boxes: tuple[np.ndarray, ...] = ()
     gpu_memory: float = 0.0
-    num_gpus: int = 1
+    num_processes: int = 1
     num_local: int = 1
     num_cores: int = 2
 
@@ -88,11 +88,11 @@ def measure_facts(train: CocoDataset, labeled: list, device: torch.device) -> Fa
         long_side=int(np.median([max(train.size(image_id)) for image_id in sample])),
         object_side=float(np.median(sides)),
         large_object_side=float(np.percentile(sides, 95)),
-        num_objects=(int(np.percentile(counts, 99)), max(counts)),
+        num_objects=(int(np.percentile(counts, 99, method="higher")), max(counts)),
         num_labeled=len(labeled),
         boxes=tuple(object_boxes(train, image_id) for image_id in sample),
         gpu_memory=torch.cuda.get_device_properties(device).total_memory / 2**30 if on_gpu else 0.0,
-        num_gpus=world_size(),
+        num_processes=world_size(),
         num_local=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
         num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     )
@@ -112,7 +112,7 @@ def object_boxes(train: CocoDataset, image_id) -> np.ndarray:
 
 def count_in_windows(boxes: Iterable[np.ndarray], side: float) -> list[int]:
     """Count the objects that a window of side x side pixels shows, for windows around the objects of each
-    image (around every k-th, so that there are less than 2,000). boxes: `object_boxes` of each image."""
+    image (around every k-th, so that there are fewer than 2,000). boxes: `object_boxes` of each image."""
     counts = []
     for image_boxes in boxes:
         start, size = image_boxes[:, :2], image_boxes[:, 2:]
@@ -125,7 +125,7 @@ def count_in_windows(boxes: Iterable[np.ndarray], side: float) -> list[int]:
 
 def choose_tile(facts: Facts, crops: Crops) -> int:
     """Return the side of windows, in pixels of an image; 0 for whole images, if they fit a crop in which
-    objects are large enough, or if the large objects would not fit a window."""
+    objects are large enough, or if the large objects are larger than half a window."""
     enlargement = min(crops.object_side / (facts.object_side * facts.long_side), 2)
     tile = max(32, 32 * round(crops.window / enlargement / 32))
     whole_fits = enlargement * facts.long_side <= crops.whole
@@ -134,7 +134,7 @@ def choose_tile(facts: Facts, crops: Crops) -> int:
 
 def choose_side(facts: Facts, crops: Crops) -> int:
     """Return the side of a crop of a whole image: large enough for small objects, but an image is enlarged
-    twice at most."""
+    by a factor of 2 at most."""
     side = crops.object_side / facts.object_side
     side = max(side, facts.long_side) if facts.gpu_memory else side  # A GPU has time for all pixels.
     side = min(max(side, crops.smallest), crops.largest, 2 * facts.long_side)
@@ -201,31 +201,32 @@ def choose_options(facts: Facts, given: dict, start: dict | None = None) -> dict
     (most, maximum), place = facts.num_objects, "images"
     if tile:
         counts = count_in_windows(facts.boxes, tile / min(jitter))
-        most, maximum, place = int(np.percentile(counts, 99)), max(counts), "windows"
+        most, maximum, place = int(np.percentile(counts, 99, method="higher")), max(counts), "windows"
     queries = 10 * math.ceil(1.5 * most / 10)
     queries = min(max(queries, 100 if on_gpu else 20), 300)
     numbers = f"99 % of the {place} have at most {most} objects, the largest number is {maximum}"
     choose("num_queries", stored_queries or queries, as_stored if stored_queries else numbers)
     points = int(min(max(crop[0] * crop[1] / 25, 1024), 12544))
-    choose("num_points", points, "one for 25 pixels of a crop, at most the paper's number")
+    choose("num_points", points, "one per 25 pixels of a crop, at least 1,024 and at most the paper's 12,544")
 
     if on_gpu:
         room = 0.8 * facts.gpu_memory / (2 * GIB_PER_MEGAPIXEL * crop[0] * crop[1] / 2**20)
-        batch = facts.num_gpus * max(1, min(int(room), math.ceil(16 / facts.num_gpus)))
+        batch = facts.num_processes * max(1, min(int(room), math.ceil(16 / facts.num_processes)))
         reason = (
-            f"{facts.num_gpus} x {facts.gpu_memory:.0f} GiB of GPU memory, crops of {crop[0]} x {crop[1]}"
+            f"{facts.num_processes} x {facts.gpu_memory:.0f} GiB of GPU memory, "
+            f"crops of {crop[0]} x {crop[1]}"
         )
     else:
         images = 8 if crop[0] * crop[1] <= 160**2 else 4
-        batch = facts.num_gpus * max(1, math.ceil(images / facts.num_gpus))
+        batch = facts.num_processes * max(1, math.ceil(images / facts.num_processes))
         reason = f"labeled, and as many unlabeled images per step: few on a CPU, with crops of {fit}"
     batch = choose("batch", batch, reason)
     workers = max(0, min(8, facts.num_cores // facts.num_local // 2 - (0 if on_gpu else 1)))
     choose("workers", workers, f"{facts.num_cores} cores")
 
-    epochs = round(100 * facts.num_labeled / batch)
+    steps_of_100_epochs = round(100 * facts.num_labeled / batch)
     if on_gpu:
-        first = int(np.clip(epochs, 2000, 25_000))
+        first = int(np.clip(steps_of_100_epochs, 2000, 25_000))
         steps = first, 2 * first, 4 * first
         reason = (
             f"100 epochs of the {facts.num_labeled} labeled images, at least 2,000; 2 and 4 times as many"
@@ -272,8 +273,9 @@ def fit_steps(cfg: Config, seconds: float) -> dict:
     t = 0 if cfg.teacher_checkpoint or cfg.student_checkpoint else t
     b = 0 if cfg.student_checkpoint else b
     guided = 1.0 if cfg.supervised_only else GUIDED_STEP_COST
-    total = seconds * (t + guided * (b + d) + cfg.finetune_steps)
-    factor = 0.9 * 3600 * cfg.hours / total  # the rest is for evaluation
+    fixed, free = (0, cfg.finetune_steps) if "finetune_steps" not in cfg.given else (cfg.finetune_steps, 0)
+    available = 0.9 * 3600 * cfg.hours / seconds - fixed  # the rest is for evaluation
+    factor = max(available, 0) / (t + guided * (b + d) + free)
     if factor >= 1 and "hours" not in cfg.given:
         return {}
     steps = tuple(max(1, round(factor * number)) for number in cfg.steps)

@@ -329,7 +329,9 @@ def changed_option(cfg: Config, checkpoint: dict, hashes: dict, phase: str) -> s
     for options in (before, now):
         options["model_args"] = with_defaults(options["model_args"])
         t, b, d = options["steps"]
-        options["steps"] = {"teacher": t, "burnin": b, "distill": d, "supervised": t + b + d}.get(phase)
+        # Guided burn-in has the first part of a schedule that it shares with phase 3.
+        burn_in = b if checkpoint["step"] == b else (b, d)
+        options["steps"] = {"teacher": t, "burnin": burn_in, "distill": d, "supervised": t + b + d}.get(phase)
     for name in now:
         if name in before.keys() - UNUSED[phase] and before[name] != now[name]:
             if name == "labels":

@@ -118,7 +118,7 @@ def parse_config(argv=None, description=None) -> Config:
         if name == "data":
             add_data_flags(group)
     group.add_argument(
-        "--settings-from", metavar="RUN", help="take all settings but the data's from this run"
+        "--settings-from", metavar="RUN", help="take the settings of this run, not its data, start or folder"
     )
     group.add_argument(
         "--recipe",
@@ -177,7 +177,9 @@ def parse_config(argv=None, description=None) -> Config:
     dictionaries = {"model_args": model_args, "data_args": reading}
     cfg = Config(**{**values, **flags, **dictionaries, "preset": preset_name})
     cfg.settings_from, cfg.scale_to_batch = chosen.settings_from or "", scale_to_batch
-    cfg.given = frozenset(flags) | frozenset(former) | {name for name in dictionaries if dictionaries[name]}
+    fitted = {"steps", "finetune_steps", "ema_decay"} if flags.get("hours") else set()
+    cfg.given = frozenset(flags) | (former.keys() - fitted)
+    cfg.given |= {name for name in dictionaries if dictionaries[name]}
     cfg.given |= frozenset(options if is_auto else ())  # so that auto does not choose them
     return cfg
 

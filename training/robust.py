@@ -76,13 +76,14 @@ def cutmix(images: Tensor, targets: list[dict], probability: float = 0.5) -> tup
     (CutMix, Yun et al., ICCV 2019, arXiv 1905.04899; for segmentation French et al., BMVC 2020, arXiv
     1906.01916).
 
-    Returns the images, and targets with "labels" and "masks" alone. Objects that are covered are dropped."""
+    Returns the images, and targets with "labels" and "masks" alone. Objects that are covered are dropped. A
+    batch of one image has no other to paste."""
     B, _, H, W = images.shape
     mixed, results = images.clone(), []
     for b in range(B):
         own, other = targets[b], targets[(b + 1) % B]
         inside = torch.zeros(H, W, dtype=torch.bool, device=images.device)
-        if torch.rand(()) < probability:
+        if B > 1 and torch.rand(()) < probability:
             # Corners are multiples of 4 pixels, because masks may have a stride of 4.
             h, w = (4 * int(side / 4 * (0.3 + 0.6 * torch.rand(()))) for side in (H, W))
             top, left = (4 * int(torch.randint(0, (side - n) // 4 + 1, ())) for side, n in ((H, h), (W, w)))
