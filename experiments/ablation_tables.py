@@ -52,11 +52,13 @@ def final_aps(run: dict) -> dict:
     if run["recipe"] == "paper":
         rows = {"teacher": aps["teacher"], "burnt-in": aps["burnin"], "paper": aps["distill"]}
         return rows | {"paper, EMA teacher": last["distill"]["teacher_ap"]}
-    # The teacher of "frozen" is the burnt-in student. Fine-tuning has no teacher.
-    if run["curve"][-1]["phase"] == "distill" and run["recipe"] != "frozen":
+    # The teacher of "frozen" is the burnt-in student. Earlier runs of "robust" end with fine-tuning.
+    ends_with_distillation = run["curve"][-1]["phase"] == "distill" or run["recipe"] == "robust"
+    if ends_with_distillation and run["recipe"] != "frozen":
         burnt_in = {"unguided, burnt-in": aps["burnin"]} if run["recipe"] == "unguided" else {}
         teacher = {run["recipe"] + ", EMA teacher": last["distill"]["teacher_ap"]}
-        return {run["recipe"]: aps["distill"], **burnt_in, **teacher}
+        fine_tuned = {run["recipe"] + ", fine-tuned": aps["finetune"]} if "finetune" in aps else {}
+        return {run["recipe"]: aps["distill"], **burnt_in, **teacher, **fine_tuned}
     return {run["recipe"]: run["curve"][-1]["ap"]}
 
 

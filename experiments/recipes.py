@@ -192,8 +192,12 @@ RECIPES = {
         ["distill.py --student-checkpoint {distilled} --lr 1e-4 --steps {t},1,{third}"],
     ),
     "robust": ("the recipe `robust`", ["distill.py --teacher-checkpoint {teacher} --recipe robust"]),
+    "robust-min-area": (
+        "the recipe `robust`, and a minimum area of 0.1 % of the crop",
+        ["distill.py --teacher-checkpoint {teacher} --recipe robust --min-area 0.001"],
+    ),
     "labels-as-long": (
-        "labels only, for the steps of all phases and of fine-tuning",
+        "labels only, for the steps of all phases and a third of phase 3 more",
         ["distill.py --supervised-only --steps {all_steps}"],
     ),
     "labels-as-many": (
@@ -246,8 +250,8 @@ def step_numbers(t: int, b: int, d: int) -> dict:
     numbers["finetune"] = max(1, d // 9)
     numbers["third"] = 3 * numbers["finetune"]
     numbers["d_third_more"] = d + numbers["third"]
-    # Recipe robust fine-tunes for a third of phase 3. --supervised-only trains three times --steps.
-    numbers["student_steps"] = math.ceil((b + d + d // 3) / 3)
+    # --supervised-only trains three times --steps.
+    numbers["student_steps"] = math.ceil((b + d) / 3)
     numbers["all_steps"] = math.ceil((t + b + d + d // 3) / 3)
     return numbers | {"b_half": b // 2, "d_more": d + b - b // 2, "d_half": d // 2, "b_more": b + d - d // 2}
 

@@ -192,18 +192,16 @@ def test_auto_takes_the_options_of_a_recipe():
     robust = values(PHOTOS)
     for name, value in RECIPES["robust"].items():
         assert robust[name] == value
-    assert robust["finetune_steps"] == robust["steps"][2] // 3
     assert values(PHOTOS, mask_nms_iou=0.7).get("mask_nms_iou") is None
     paper = parse_config(["--data", "my_dataset", "--recipe", "paper"])
     given = {name: getattr(paper, name) for name in paper.given}
     assert RECIPES["paper"].items() <= given.items()
     assert not RECIPES["paper"].keys() & values(PHOTOS, **given).keys()
-    assert "finetune_steps" not in parse_config(["--data", "my_dataset", "--recipe", "robust"]).given
 
 
 def test_another_recipe_for_a_run_that_has_begun_is_not_ignored(shapes, tmp_path):
     """A run keeps what auto chose. Phase 2 is run again with other options, as it is for any flag."""
-    flags = ["--data", shapes, *FEW_STEPS.replace(" --finetune-steps 1", "").split()]
+    flags = ["--data", shapes, *FEW_STEPS.split()]
     flags += ["--model-args", SMALL, "--out", tmp_path / "run"]
     run("burnin.py", *flags)
     assert "phases 1 and 2 are done" in run("burnin.py", *flags, "--recipe", "robust").stdout
@@ -217,9 +215,8 @@ def test_a_recipe_is_a_set_of_plain_options():
     for name, value in vars(parse_config(["--data", "coco", "--recipe", "paper"])).items():
         assert value == getattr(Config(preset="coco", data="coco"), name) or name == "given"
     robust = parse_config(["--recipe", "robust", "--steps", "30,30,60", "--mask-nms-iou", "0.7"])
-    assert (robust.mask_nms_iou, robust.finetune_steps) == (0.7, 20)
+    assert robust.mask_nms_iou == 0.7
     assert robust.strong_view == RECIPES["robust"]["strong_view"]
-    assert parse_config(["--recipe", "robust", "--supervised-only"]).finetune_steps == 0
 
 
 @pytest.mark.parametrize("given, expected", [("true", "color"), ("false", ""), ("turn,noise", "turn,noise")])
@@ -239,16 +236,12 @@ def test_only_the_phases_that_run_count():
     assert sum(fit_steps(config(**limits, supervised_only=True), seconds=1.0)["steps"]) == 3240
 
 
-def test_labels_only_have_no_fine_tuning():
-    assert "finetune_steps" not in values(PHOTOS, supervised_only=True)
-
-
 def test_a_refused_call_leaves_the_settings_of_a_run(shapes, tmp_path):
     flags = ["--data", shapes, *FEW_STEPS.split(), "--out", tmp_path / "run"]
     flags += ["--model-args", SMALL]
-    run("burnin.py", *[flag for flag in flags if flag not in ("--finetune-steps", "1")])
+    run("burnin.py", *flags)
     before = (tmp_path / "run/settings.json").read_text()
-    refused = run("burnin.py", *flags[:-1], '{"hidden_dim": 64}', "--finetune-steps", "0", code=2)
+    refused = run("burnin.py", *flags[:-1], '{"hidden_dim": 64}', code=2)
     assert "was made with other options (model_args" in refused.stderr
     assert (tmp_path / "run/settings.json").read_text() == before
 
@@ -298,7 +291,7 @@ def test_settings_that_are_missing_are_an_error_of_one_line(tmp_path):
 
 
 FEW_STEPS = "--backbone resnet10t --pretrained false --crop 64,64 --batch 2 --num-points 16 --steps 2,2,2"
-FEW_STEPS += " --finetune-steps 1 --device cpu --precision fp32"
+FEW_STEPS += " --device cpu --precision fp32"
 SMALL = '{"hidden_dim": 32, "num_heads": 4, "backbone_args": {"stem_type": "", "channels": [16, 16, 32, 32]}}'
 
 
@@ -334,7 +327,7 @@ def test_a_run_that_starts_from_a_small_checkpoint_has_its_model(option, small_s
 
 
 def test_steps_that_were_fitted_stay_when_the_command_is_repeated(shapes, tmp_path):
-    few = FEW_STEPS.replace(" --steps 2,2,2", "").replace(" --finetune-steps 1", "")
+    few = FEW_STEPS.replace(" --steps 2,2,2", "")
     flags = ["--data", shapes, *few.split(), "--hours", "0.0001", "--out", tmp_path / "run"]
     flags += ["--model-args", SMALL]
     first = run("burnin.py", *flags)

@@ -225,8 +225,8 @@ def test_every_recipe_is_a_command_with_the_flags_of_its_data(data, recipes):
             assert bool(cfg.labeled_list) == (data == "tiles" and not everything)
             steps = {"refined": (3,) * 3, "no-distillation": (10, 49, 1), "two-phase": (10, 1, 49)}
             steps |= {"clean-refined": (3,) * 3, "labels-only-refined": (3,) * 3, "restarted": (10, 1, 9)}
-            # All phases of robust have 10 + 20 + 30 + 10 steps.
-            steps |= {"labels-as-long": (24,) * 3, "labels-as-many": (20,) * 3}
+            # All phases have 60 steps, a third of phase 3 has 10; the student has 50.
+            steps |= {"labels-as-long": (24,) * 3, "labels-as-many": (17,) * 3}
             steps |= {"shorter": (10, 10, 40), "longer": (10, 35, 15), "more-distillation": (10, 20, 39)}
             expected = (10, 20, 1) if recipe.startswith("burn-in-") else (10, 20, 30)
             assert cfg.steps == steps.get(recipe, expected), line
@@ -357,7 +357,8 @@ def guided_records(recipe, aps, data="animals"):
     phases = {"paper": ["teacher", "burnin", "distill"], "robust": ["burnin", "distill", "finetune"]}
     for seed, ap in enumerate(aps):
         points = [
-            {"phase": p, "step": 4, "ap": ap, "teacher_ap": 1.0} for p in phases.get(recipe, ["supervised"])
+            {"phase": p, "step": 4, "ap": ap + (p == "finetune"), "teacher_ap": 1.0}
+            for p in phases.get(recipe, ["supervised"])
         ]
         record = {"data": data, "ratio": 0.1, "seed": seed, "recipe": recipe, "steps": [2, 4, 4]}
         record |= {"curve": [point | sizes for point in points], "hours": 1.0, "machine": "M"}
@@ -378,6 +379,8 @@ def test_gains_are_over_the_better_control_and_answers_have_intervals(robust, ta
     # Differences of 3 and 7: mean 5, standard error 2, and t is 12.7 for one degree of freedom.
     [answer] = [line for line in robust.make_questions(runs) if "`robust` over `paper`" in line]
     assert answer.count("+5.0 [-20.4, +30.4] (2)") == 2, "animals, and all"
+    [answer] = [line for line in robust.make_questions(runs) if "`robust, fine-tuned` over" in line]
+    assert answer.count("+1.0 [+1.0, +1.0] (3)") == 2
     assert robust.interval([1.0]) == "+1.0 (1)" and robust.interval([]) == ""
     robust.write_page(json.loads(json.dumps(runs)), tmp_path)
     page = (tmp_path / "ROBUST.md").read_text()

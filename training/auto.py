@@ -18,7 +18,7 @@ import torch
 from pycocotools import mask as rle_tools
 
 from data import CocoDataset, encode_rle, stable_seed
-from training.config import Config, recipe_options
+from training.config import RECIPES, Config
 from training.distributed import Env, all_reduce_mean, autocast, num_objects, to_device, world_size
 
 MAX_IMAGES = 500  # whose objects are measured
@@ -237,10 +237,7 @@ def choose_options(facts: Facts, given: dict, start: dict | None = None) -> dict
         reason = "enough for a small model" if small else "for a CPU"
     steps = choose("steps", steps, reason)
     steps = steps * 3 if len(steps) == 1 else steps
-    options = recipe_options("robust", steps)
-    if given.get("supervised_only"):
-        del options["finetune_steps"]
-    for name, value in options.items():
+    for name, value in RECIPES["robust"].items():
         choose(name, value, "recipe robust")
     if not on_gpu:
         if small:
@@ -279,7 +276,9 @@ def fit_steps(cfg: Config, seconds: float) -> dict:
     if factor >= 1 and "hours" not in cfg.given:
         return {}
     steps = tuple(max(1, round(factor * number)) for number in cfg.steps)
-    fitted = {"steps": steps, "finetune_steps": math.ceil(factor * cfg.finetune_steps)}
+    fitted = {"steps": steps}
+    if cfg.finetune_steps:
+        fitted["finetune_steps"] = math.ceil(factor * cfg.finetune_steps)
     if cfg.preset == "auto":
         fitted["ema_decay"] = ema_decay(steps[2])
     return {name: value for name, value in fitted.items() if name not in cfg.given}

@@ -17,7 +17,6 @@ from training.config import (
     RECIPES,
     Config,
     read_settings,
-    recipe_options,
     rescale_for_batch_size,
 )
 
@@ -166,21 +165,13 @@ def parse_config(argv=None, description=None) -> Config:
     if given != [None, None]:
         before = flags.get("test_size") or preset.get("test_size") or (None, None)
         flags["test_size"] = tuple(b if side is None else side for b, side in zip(before, given))
-    is_auto, options = preset_name == "auto" and not former, {}
-    if recipe:
-        options = recipe_options(recipe, flags.get("steps") or values.get("steps") or fields["steps"].default)
-        if flags.get("supervised_only") or (is_auto and recipe != "paper"):
-            del options[
-                "finetune_steps"
-            ]  # none for the baseline; auto derives them from the steps it chooses
-        values |= options
+    values |= RECIPES.get(recipe, {})
     dictionaries = {"model_args": model_args, "data_args": reading}
     cfg = Config(**{**values, **flags, **dictionaries, "preset": preset_name})
     cfg.settings_from, cfg.scale_to_batch = chosen.settings_from or "", scale_to_batch
     fitted = {"steps", "finetune_steps", "ema_decay"} if flags.get("hours") else set()
     cfg.given = frozenset(flags) | (former.keys() - fitted)
-    cfg.given |= {name for name in dictionaries if dictionaries[name]}
-    cfg.given |= frozenset(options if is_auto else ())  # so that auto does not choose them
+    cfg.given |= {name for name in dictionaries if dictionaries[name]} | RECIPES.get(recipe, {}).keys()
     return cfg
 
 

@@ -247,7 +247,7 @@ PRESETS = {
 
 
 # What --recipe sets: plain options, which flags override. "paper" is the default of the datasets with a name,
-# "robust" that of auto. It also has fine-tuning (recipe_options).
+# "robust" that of auto.
 RECIPES = {
     "paper": dict(
         mask_nms_iou=1.0,
@@ -256,7 +256,6 @@ RECIPES = {
         strong_view="color",
         student_from_teacher=False,
         unsupervised_weight=2.0,
-        finetune_steps=0,
     ),
     "robust": dict(
         mask_nms_iou=0.5,
@@ -267,13 +266,6 @@ RECIPES = {
         unsupervised_weight=0.5,
     ),
 }
-
-
-def recipe_options(recipe: str, steps: tuple) -> dict:
-    """Return the options of a recipe for phases of these steps. Raises ValueError for an unknown name."""
-    if recipe not in RECIPES:
-        raise ValueError(f"unknown recipe {recipe!r}; choose one of {', '.join(RECIPES)}")
-    return {"finetune_steps": max(1, steps[-1] // 3), **RECIPES[recipe]}
 
 
 def write_settings(cfg: Config) -> None:

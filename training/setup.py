@@ -116,8 +116,6 @@ def apply_choices(cfg: Config, choices: dict[str, tuple]) -> None:
     options = {name: value for name, (value, _) in choices.items() if name not in cfg.given}
     if "model_args" in choices:
         options["model_args"] = {**choices["model_args"][0], **cfg.model_args}
-    if cfg.supervised_only:
-        options.pop("finetune_steps", None)
     set_options(cfg, options)
 
 
