@@ -100,6 +100,7 @@ def row_label(row: str) -> str:
     """Return the first two columns of a row: its recipe, and its description."""
     name, _, part = row.partition(", ")
     parts = {"EMA teacher": "— its EMA teacher", "burnt-in": "— its burnt-in student"}
+    parts |= {"fine-tuned": "— fine-tuned on labels"}
     recipe = f"`{name}`" if name in RECIPES and not part else ""
     return f"{recipe} | {parts[part] if part else DESCRIPTIONS[name]}"
 

@@ -381,6 +381,8 @@ def test_gains_are_over_the_better_control_and_answers_have_intervals(robust, ta
     assert answer.count("+5.0 [-20.4, +30.4] (2)") == 2, "animals, and all"
     [answer] = [line for line in robust.make_questions(runs) if "`robust, fine-tuned` over" in line]
     assert answer.count("+1.0 [+1.0, +1.0] (3)") == 2
+    table = tables.make_table(tables.group_by_row(runs)["animals", 0.1])
+    assert "|  | — fine-tuned on labels | 48.0 ± 45.4 (3) |" in " ".join(table)
     assert robust.interval([1.0]) == "+1.0 (1)" and robust.interval([]) == ""
     robust.write_page(json.loads(json.dumps(runs)), tmp_path)
     page = (tmp_path / "ROBUST.md").read_text()
