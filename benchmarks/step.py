@@ -63,13 +63,9 @@ def plain_env(flags, precision: str) -> Env:
     return init_distributed(flags.device, precision)
 
 
-def our_env(flags, precision: str) -> Env:
-    return init_distributed(flags.device, precision)
-
-
-def ours(flags, precision="fp32", compiled=False, make_env=our_env):
+def ours(flags, precision="fp32", compiled=False, env=None):
     """Train our model on labeled images, without an optimizer."""
-    env = make_env(flags, precision)
+    env = env or init_distributed(flags.device, precision)
     images, targets = to_device(list(make_batch(flags.size, flags.batch, flags.objects)), env)
     student = load_ours(flags.folder).train().to(env.device)
     criterion = SetCriterion(NUM_CLASSES).to(env.device)
@@ -96,7 +92,7 @@ def ours_copied(flags):
     """Train our model as if only model.py and matcher.py were there."""
     model.ms_deform_attn_cpu, model.linear = None, F.linear
     model.prefers_channels_last = lambda x: False
-    return ours(flags, make_env=plain_env)
+    return ours(flags, env=plain_env(flags, "fp32"))
 
 
 def ours_compiled(flags):

@@ -270,9 +270,9 @@ def fit_steps(cfg: Config, seconds: float) -> dict:
     t = 0 if cfg.teacher_checkpoint or cfg.student_checkpoint else t
     b = 0 if cfg.student_checkpoint else b
     guided = 1.0 if cfg.supervised_only else GUIDED_STEP_COST
-    fixed, free = (0, cfg.finetune_steps) if "finetune_steps" not in cfg.given else (cfg.finetune_steps, 0)
+    fixed = cfg.finetune_steps if "finetune_steps" in cfg.given else 0
     available = 0.9 * 3600 * cfg.hours / seconds - fixed  # the rest is for evaluation
-    factor = max(available, 0) / (t + guided * (b + d) + free)
+    factor = max(available, 0) / (t + guided * (b + d) + cfg.finetune_steps - fixed)
     if factor >= 1 and "hours" not in cfg.given:
         return {}
     steps = tuple(max(1, round(factor * number)) for number in cfg.steps)
