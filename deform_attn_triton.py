@@ -23,6 +23,7 @@ file needs only torch and Triton and can be copied out alone. On a CPU the kerne
 Letters in shapes: B images, S positions of all levels, M heads, D channels of a head, N queries, L levels,
 P points."""
 
+import functools
 from itertools import accumulate
 from typing import Sequence  # noqa: UP035, because torch 2.6 takes no other list in an operator's signature
 
@@ -133,14 +134,21 @@ def _backward_kernel(
         tl.store(grad_locations + 2 * index + 1, weight * grad_y * H, mask=query_exists)
 
 
+@functools.lru_cache(maxsize=256)
+def _describe_levels(spatial_shapes: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return width, height and first row of each level (L, 3), int32. It is remembered, because copying it
+    to the device would be a launch of its own. spatial_shapes: H, W, H, W, ..."""
+    shapes = list(zip(spatial_shapes[::2], spatial_shapes[1::2]))
+    starts = accumulate([0, *(H * W for H, W in shapes)])
+    levels = [(W, H, start) for (H, W), start in zip(shapes, starts)]
+    return torch.tensor(levels, dtype=torch.int32).to(device, non_blocking=True)
+
+
 def _launch(kernel, value, locations, weights, *others, spatial_shapes: list[int]) -> None:
     """Run a kernel for every block of queries, image and head. spatial_shapes: H, W, H, W, ..."""
     B, S, M, D = value.shape
     _, N, _, L, P, _ = locations.shape
-    shapes = list(zip(spatial_shapes[::2], spatial_shapes[1::2]))
-    starts = accumulate([0, *(H * W for H, W in shapes)])
-    levels = [(W, H, start) for (H, W), start in zip(shapes, starts)]
-    levels = torch.tensor(levels, dtype=torch.int32).to(value.device, non_blocking=True)
+    levels = _describe_levels(tuple(spatial_shapes), value.device)
     grid = triton.cdiv(N, BLOCK), B, M
     lanes = triton.next_power_of_2(D)
     arguments = value, locations, weights, *others, levels, S, N

@@ -611,8 +611,10 @@ def ms_deform_attn(
 def fastest_ms_deform_attn(device: torch.device):
     """Return the fastest form of `ms_deform_attn` for a device.
 
-    An export needs operations that every machine has: it traces the plain form."""
-    if getattr(torch.compiler, "is_exporting", bool)():
+    An export needs operations that every machine has: it traces the plain form. torch.compile is no export,
+    although in torch 2.11 it says that it is."""
+    exporting = getattr(torch.compiler, "is_exporting", bool)()
+    if exporting and not torch.compiler.is_dynamo_compiling():
         return ms_deform_attn
     if device.type == "cpu" and ms_deform_attn_cpu:
         return ms_deform_attn_cpu

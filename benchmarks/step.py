@@ -151,7 +151,8 @@ def guided(flags, precision="fp32", grad_accum_steps=1, compiled=False):
         logits = teacher(unlabeled_images.to(env.device))["pred_logits"]
     scores, labels = logits.float().softmax(-1).max(-1)
     ranked = scores[labels < NUM_CLASSES].sort(descending=True).values
-    cfg = Config(score_threshold=float(ranked[: flags.objects * len(unlabeled_images) + 1][-1]))
+    threshold = float(ranked[: flags.objects * len(unlabeled_images) + 1][-1])
+    cfg = Config(score_threshold=threshold, lr=0.0)  # training would change the number of pseudo-labels
     optimizer = build_optimizer(student, cfg)
     clip_and_step = GuardedStep(student, optimizer, cfg.clip_grad_norm)
     ddp_student = wrap_ddp(student, env, grad_accum_steps, compiled)

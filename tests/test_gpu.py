@@ -138,6 +138,12 @@ def test_a_step_of_distillation_waits_for_the_gpu_four_times(make_model, monkeyp
     assert 0 < len(where) <= 4, where
 
 
+def weights(checkpoint):
+    """Return all weights of a checkpoint's model in one row."""
+    model = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
+    return torch.cat([value.float().flatten() for value in model.values()])
+
+
 @pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone"]], ids=["", "NCCL"])
 def test_all_phases_run_on_a_gpu_and_are_resumed_where_they_were_stopped(shapes, tmp_path, launcher):
     def start(out):
@@ -150,8 +156,9 @@ def test_all_phases_run_on_a_gpu_and_are_resumed_where_they_were_stopped(shapes,
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [line["step"] for line in lines if line.get("phase") == "distill" and "lr" in line]
 
-    printed, _ = start("whole").communicate()
-    assert torch.cuda.get_device_name() in printed and "bf16" in printed
+    for run in ("whole", "again"):
+        printed, _ = start(run).communicate()
+        assert torch.cuda.get_device_name() in printed and "bf16" in printed
     cut = start("cut")
     while len(steps("cut")) < 10 and cut.poll() is None:
         time.sleep(0.02)
@@ -161,7 +168,6 @@ def test_all_phases_run_on_a_gpu_and_are_resumed_where_they_were_stopped(shapes,
     assert 10 <= done < 40
     printed, _ = start("cut").communicate()
     assert steps("cut") == [*range(1, 41)], (done, printed)
-    whole, cut = (torch.load(tmp_path / run / "distill.pt", weights_only=True) for run in ("whole", "cut"))
-    for name, value in whole["model"].items():  # sums on a GPU are not bit-exact
-        error = (cut["model"][name].float() - value.float()).norm()
-        assert error <= 0.05 * value.float().norm() + 1e-3, name
+    whole, again, cut = (weights(tmp_path / run / "distill.pt") for run in ("whole", "again", "cut"))
+    # Sums on a GPU are not bit-exact: the second uninterrupted run differs too.
+    assert (cut - whole).norm() <= 2 * (again - whole).norm()

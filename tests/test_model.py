@@ -156,6 +156,19 @@ def test_the_form_of_deformable_attention_follows_from_the_device(monkeypatch):
     assert choose(torch.device("cpu")) is model.ms_deform_attn
 
 
+def test_a_compiled_model_has_the_fast_deformable_attention_and_memory_layout(monkeypatch):
+    """While torch.compile of torch 2.11 traces a function, torch.compiler.is_exporting() is true."""
+    tracing = torch.compiler.is_dynamo_compiling
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: tracing(), raising=False)
+    monkeypatch.setattr(deform_attn_cpu, "AVX512", True)
+
+    def chosen(x):
+        fast = model.fastest_ms_deform_attn(x.device) is deform_attn_cpu.ms_deform_attn
+        return x + 2 * fast + deform_attn_cpu.prefers_channels_last(x)
+
+    assert torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(1)) == 3
+
+
 @pytest.mark.parametrize("num_heads", [1, 4, 8])
 def test_at_first_each_head_looks_in_its_own_direction_and_weighs_all_points_alike(num_heads):
     L, P = 3, 4
