@@ -33,6 +33,7 @@ ROWS = {**CONTROLS, "paper": "paper", "robust": "robust"}
 
 # Questions, and for each the rows of `final_aps` that are compared: {question: [(row, other)]}.
 QUESTIONS = {
+    "Is `robust` better than the paper's recipe?": [("robust", "paper")],
     "Does guided burn-in teach the student?": [("burn-in-paper", "burn-in-labels")],
     "Do duplicates hurt, or coarse masks?": [
         ("burn-in-nms", "burn-in-paper"),
@@ -55,7 +56,7 @@ QUESTIONS = {
     "Is guided burn-in better than an unguided one, after distillation?": [("paper", "unguided")],
     "Does fine-tuning on labels help after `robust`?": [("robust, fine-tuned", "robust")],
     "Do smaller pseudo-labels help?": [("robust-min-area", "robust")],
-    "Is phase 3 to blame?": [("paper", "no-distillation"), ("robust", "paper")],
+    "Is phase 3 to blame?": [("paper", "no-distillation")],
 }
 
 

@@ -48,7 +48,7 @@ class Crops(NamedTuple):
     window: int
 
 
-CPU_CROPS = Crops(object_side=14, smallest=160, whole=224, largest=320, window=96)
+CPU_CROPS = Crops(object_side=14, smallest=160, whole=160, largest=320, window=96)
 GPU_CROPS = Crops(object_side=32, smallest=256, whole=1024, largest=1024, window=512)
 
 
