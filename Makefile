@@ -5,7 +5,7 @@
 PYTHON ?= python3
 
 demo: .venv/installed
-	.venv/bin/python distill.py --data shapes --ratio 0.02
+	.venv/bin/python distill.py --data shapes --ratio 0.02 --recipe robust
 
 test: .venv/installed-tests
 	.venv/bin/python -m pytest -q -n 2 --dist loadfile tests -m "not slow and not gpu"

@@ -108,7 +108,7 @@ def test_there_are_commands_of_every_program_and_target():
     targets = {command.split()[1] for command in COMMANDS if command.startswith("make ")}
     assert targets == {"demo", "test", "test-faults", "test-gpu", "test-oldest", "lint"}
     assert all(f"\n{target}:" in makefile for target in targets)
-    assert "distill.py --data shapes --ratio 0.02\n" in makefile
+    assert "distill.py --data shapes --ratio 0.02 --recipe robust\n" in makefile
     words = [word for c in COMMANDS if c.startswith("pip ") for word in c.split() if word.endswith(".txt")]
     assert words and all((ROOT / word).exists() for word in words)
 
