@@ -1,7 +1,7 @@
 """Everything that has to be asked of a GPU, in one run of less than nine minutes.
 
     python benchmarks/gpu.py               # on one GPU; prints a line of JSON for each part
-    python benchmarks/gpu.py --dry-run     # the benchmarks alone, at tiny sizes on a CPU, to check the script
+    python benchmarks/gpu.py --dry-run     # at tiny sizes on a CPU, without compiling, to check the script
 
 The checks, which are not timed, run at once, then the measurements one after the other. Every part is a
 process of its own and has its own time limit; one that fails or takes too long does not stop the others. A
@@ -24,40 +24,28 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Part: (limit in seconds, command, flags that make it tiny on a CPU; None: it needs a GPU). The checks run at
-# once, and compile what is timed afterwards: TorchInductor finds it in its cache. The others take turns.
 SIZE = "--size 1024 --rounds 3 --device cuda"
 ON_CPU = "--size 64 --rounds 1 --device cpu"
+# These run at once, at most 200 seconds. They compile what is timed afterwards: TorchInductor caches it.
+CHECK_SECONDS = 200
 CHECKS = {
-    "parity with the CPU": (200, "-m pytest -q -m gpu tests/test_gpu.py -k equal", None),
-    "waiting for the GPU": (200, "-m pytest -q -m gpu tests/test_gpu.py -k waits", None),
-    "cut and resumed, and under NCCL": (200, "-m pytest -q -m gpu tests/test_gpu.py -k resume", None),
-    "Triton kernels": (200, "-m pytest -q -m gpu tests/test_triton.py", None),
-    "compiling a guided step": (200, f"benchmarks/step.py {SIZE} --only guided_compiled", None),
-    "compiling a step": (200, f"benchmarks/step.py {SIZE} --only ours_compiled", None),
+    "parity with the CPU": "-m pytest -q -m gpu tests/test_gpu.py -k equal",
+    "waiting for the GPU": "-m pytest -q -m gpu tests/test_gpu.py -k waits",
+    "cut and resumed": "-m pytest -q -m gpu tests/test_gpu.py -k alone",
+    "cut and resumed under NCCL": "-m pytest -q -m gpu tests/test_gpu.py -k NCCL",
+    "Triton kernels": "-m pytest -q -m gpu tests/test_triton.py",
+    "compiling a guided step": f"benchmarks/step.py {SIZE} --only guided_compiled",
+    "compiling a step": f"benchmarks/step.py {SIZE} --only ours_compiled",
 }
+# Then these, one after the other: (limit in seconds, command, flags for a dry run; None: it needs a GPU).
+COMPILED = f"benchmarks/step.py {SIZE} --only ours_compiled guided_compiled"
+EAGER = f"benchmarks/step.py {SIZE} --only ours_bf16 hugging_face_bf16"
 TIMES = {
-    "compiled steps of 2 images": (
-        90,
-        f"benchmarks/step.py {SIZE} --only ours_compiled guided_compiled",
-        ON_CPU,
-    ),
-    "steps of 2 images": (
-        60,
-        f"benchmarks/step.py {SIZE} --only ours_bf16 hugging_face_bf16 guided_bf16",
-        ON_CPU,
-    ),
+    "compiled steps of 2 images": (90, COMPILED, None),
+    "steps of 2 images": (60, f"{EAGER} guided_bf16", ON_CPU),
     "launches of a guided step": (30, "benchmarks/gpu.py --part launches", "--dry-run"),
-    "compiled steps of 2 images with CUDA graphs": (
-        80,
-        f"TORCHINDUCTOR_CUDAGRAPHS=1 benchmarks/step.py {SIZE} --only ours_compiled guided_compiled",
-        None,
-    ),
-    "steps of 16 images": (
-        60,
-        f"benchmarks/step.py {SIZE} --batch 16 --only ours_bf16 hugging_face_bf16",
-        f"{ON_CPU} --batch 2",
-    ),
+    "compiled steps with CUDA graphs": (80, f"TORCHINDUCTOR_CUDAGRAPHS=1 {COMPILED}", None),
+    "steps of 16 images": (60, f"{EAGER} --batch 16", f"{ON_CPU} --batch 2"),
     "inference": (18, "benchmarks/gpu.py --part inference", "--dry-run"),
 }
 
@@ -137,15 +125,15 @@ def main():
     else:
         name = "dry run on a CPU" if flags.dry_run else torch.cuda.get_device_name()
         print(json.dumps({"machine": name, "torch": torch.__version__}), flush=True)
-        for parts, at_once in ((CHECKS, len(CHECKS)), (TIMES, 1)):
-            chosen = [
-                (part, limit, command.split() + (tiny.split() if flags.dry_run else []))
-                for part, (limit, command, tiny) in parts.items()
-                if not flags.dry_run or tiny is not None
-            ]
-            with ThreadPoolExecutor(at_once) as pool:
-                for line in pool.map(run_part, *zip(*chosen)) if chosen else ():
+        if not flags.dry_run:
+            with ThreadPoolExecutor(len(CHECKS)) as pool:
+                commands = [command.split() for command in CHECKS.values()]
+                for line in pool.map(run_part, CHECKS, [CHECK_SECONDS] * len(CHECKS), commands):
                     print(json.dumps(line), flush=True)
+        for part, (limit, command, tiny) in TIMES.items():
+            if not flags.dry_run or tiny is not None:
+                words = command.split() + (tiny.split() if flags.dry_run else [])
+                print(json.dumps(run_part(part, limit, words)), flush=True)
 
 
 if __name__ == "__main__":

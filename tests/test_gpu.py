@@ -144,7 +144,9 @@ def weights(checkpoint):
     return torch.cat([value.float().flatten() for value in model.values()])
 
 
-@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone"]], ids=["", "NCCL"])
+@pytest.mark.parametrize(
+    "launcher", [[], ["-m", "torch.distributed.run", "--standalone"]], ids=["alone", "NCCL"]
+)
 def test_all_phases_run_on_a_gpu_and_are_resumed_where_they_were_stopped(shapes, tmp_path, launcher):
     def start(out):
         flags = ["--data", shapes, "--out", tmp_path / out, *TINY, "--steps", "5,5,40", "--precision", "bf16"]
