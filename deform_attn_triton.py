@@ -136,8 +136,8 @@ def _backward_kernel(
 
 @functools.lru_cache(maxsize=256)
 def _describe_levels(spatial_shapes: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return width, height and first row of each level (L, 3), int32. It is remembered, because copying it
-    to the device would be a launch of its own. spatial_shapes: H, W, H, W, ..."""
+    """Return width, height and first position of each level (L, 3), int32. It is remembered, because copying
+    it to the device would be a launch of its own. spatial_shapes: H, W, H, W, ..."""
     shapes = list(zip(spatial_shapes[::2], spatial_shapes[1::2]))
     starts = accumulate([0, *(H * W for H, W in shapes)])
     levels = [(W, H, start) for (H, W), start in zip(shapes, starts)]
@@ -198,7 +198,11 @@ def ms_deform_attn_backward_op(
 
 @ms_deform_attn_backward_op.register_fake
 def _(grad, value, locations, weights, spatial_shapes):
-    return tuple(torch.empty_like(tensor) for tensor in (value, locations, weights))
+    return (
+        value.new_empty(value.shape),
+        locations.new_empty(locations.shape, dtype=torch.float32),
+        weights.new_empty(weights.shape),
+    )
 
 
 def _save_arguments(ctx, inputs, output):

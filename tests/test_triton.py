@@ -27,6 +27,7 @@ CASES = {  # B, N, M, D, P, shapes, spread of the locations around the middle, v
 SCRIPT = """
 import json, sys, traceback
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 import deform_attn_triton, model
 
 def compare(B, N, M, D, P, shapes, spread, dtype):
@@ -34,7 +35,7 @@ def compare(B, N, M, D, P, shapes, spread, dtype):
     L, S = len(shapes), sum(H * W for H, W in shapes)
     value = torch.randn(B, S, M, D, dtype=getattr(torch, dtype))
     locations = 0.5 + spread * (torch.rand(B, N, M, L, P, 2) - 0.5)
-    weights = torch.randn(B, N, M, L * P).softmax(-1).view(B, N, M, L, P)
+    weights = torch.randn(B, N, L * P, M).softmax(2).transpose(2, 3).unflatten(3, (L, P))  # as in the model
     grad = torch.randn(B, N, M * D)
     results = []
     for attention, on in ((deform_attn_triton.ms_deform_attn, device), (model.ms_deform_attn, "cpu")):
@@ -47,10 +48,18 @@ def compare(B, N, M, D, P, shapes, spread, dtype):
         error = (ours.float() - plain.float()).abs().max() / plain.float().abs().max().clamp(min=1e-3)
         assert error < tolerance, (name, error)
     assert results[0][0].dtype == value.dtype and results[0][1].dtype == value.dtype
+    sizes = [side for shape in shapes for side in shape]
+    inputs = [tensor.detach() for tensor in (value, locations, weights)]
     if N == 1:  # slow
-        sizes = [side for shape in shapes for side in shape]
-        inputs = [tensor.detach().to(device).requires_grad_() for tensor in inputs]
-        torch.library.opcheck(deform_attn_triton.ms_deform_attn_op, (*inputs, sizes))
+        arguments = [tensor.to(device).requires_grad_() for tensor in inputs]
+        torch.library.opcheck(deform_attn_triton.ms_deform_attn_op, (*arguments, sizes))
+    inputs = [tensor.to(device) for tensor in inputs]
+    backward, grad = deform_attn_triton.ms_deform_attn_backward_op, grad.to(inputs[0])
+    found = backward(grad, *inputs, sizes)
+    with FakeTensorMode() as fake:  # torch.compile relies on the layout, which opcheck does not check
+        expected = backward(*map(fake.from_tensor, (grad, *inputs)), sizes)
+    for one, other in zip(found, expected):
+        assert (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
     try:
         deform_attn_triton.ms_deform_attn(inputs[0], [*shapes, (1, 1)], *inputs[1:])
         raise AssertionError("shapes that do not fit the value were accepted")
