@@ -210,14 +210,14 @@ def take_turns(script, names, flags, *, num_queries=100, **changes) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         save_hugging_face(folder, num_queries)
         processes = {name: start_side(script, name, folder, flags) for name in names if name in flags.only}
-        for process in processes.values():
-            read_answer(process)
+        for name, process in processes.items():
+            read_answer(process, Path(folder) / f"{name}.err")
         results = {name: [] for name in processes}
         for round_number in range(flags.rounds + 1):
             for name, process in processes.items():
                 process.stdin.write("step\n")
                 process.stdin.flush()
-                result = read_answer(process)
+                result = read_answer(process, Path(folder) / f"{name}.err")
                 if round_number:  # The first round warms up.
                     results[name].append(result)
         for process in processes.values():
@@ -234,21 +234,22 @@ def start_side(script, name: str, folder, flags) -> subprocess.Popen:
     for flag, value in vars(flags).items():
         if isinstance(value, int) and flag != "allocator" or flag == "device":
             command += [f"--{flag}", str(value)]
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | (MALLOC_VARIABLES if flags.allocator else {}),
-    )
+    with open(Path(folder) / f"{name}.err", "w") as errors:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | (MALLOC_VARIABLES if flags.allocator else {}),
+        )
 
 
-def read_answer(process: subprocess.Popen):
+def read_answer(process: subprocess.Popen, errors: Path):
+    """Read a line of JSON from a side. Exits with the end of its errors if there is none."""
     line = process.stdout.readline()
     if not line:
-        command = " ".join(process.args)
-        sys.exit(f"error: a side ended with code {process.wait()}; run it alone to see why: {command}")
+        sys.exit(f"{errors.read_text()[-1500:]}\nerror: {errors.stem} ended with code {process.wait()}")
     return json.loads(line)
 
 

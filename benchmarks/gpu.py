@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -95,17 +96,18 @@ def time_inference(device: str, size: tuple[int, int]) -> dict:
 def run_part(name: str, limit: int, command: list[str]) -> dict:
     """Run a part in a process of its own. Returns its line. command: of Python, after NAME=VALUE of the
     environment."""
-    started, output = time.time(), ""
+    started = time.time()
     variables = dict(word.split("=") for word in itertools.takewhile(lambda word: "=" in word, command))
     words = [sys.executable, *command[len(variables) :]]
-    try:
-        done = subprocess.run(
-            words, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=limit
-        )
-        output = done.stdout
-        error = None if done.returncode == 0 else (done.stdout + done.stderr)[-2000:]
-    except subprocess.TimeoutExpired as stopped:
-        error = f"stopped after {limit} s: {(stopped.stdout or b'').decode()[-1000:]}"
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = os.environ | variables
+    with subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            output, errors = process.communicate(timeout=limit)
+            error = (output + errors)[-2000:] if process.returncode else None
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+            error = f"stopped after {limit} s: {''.join(process.communicate())[-1000:]}"
     line = {"part": name, "seconds": round(time.time() - started, 1)}
     return line | ({"error": error} if error else {"output": output.strip().splitlines()[-12:]})
 
