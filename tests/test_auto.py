@@ -237,9 +237,12 @@ def test_only_the_phases_that_run_count():
     t, b, d = fit_steps(config(**limits, teacher_checkpoint="t.pt"), seconds=1.0)["steps"]
     assert GUIDED_STEP_COST * (b + d) == pytest.approx(0.9 * 3600, rel=0.01)
     assert sum(fit_steps(config(**limits, supervised_only=True), seconds=1.0)["steps"]) == 3240
+    limits["given"] = set()  # the limit of preset auto: the baseline has as many steps as the guided run
+    expected = fit_steps(config(**limits), seconds=10.0)
+    assert fit_steps(config(**limits, supervised_only=True), seconds=10.0) == expected
 
 
-def test_a_refused_call_leaves_the_settings_of_a_run(shapes, tmp_path):
+def test_a_refused_call_and_the_supervised_baseline_leave_the_settings_of_a_run(shapes, tmp_path):
     flags = ["--data", shapes, *FEW_STEPS.split(), "--out", tmp_path / "run"]
     flags += ["--model-args", SMALL]
     run("burnin.py", *flags)
@@ -247,6 +250,8 @@ def test_a_refused_call_leaves_the_settings_of_a_run(shapes, tmp_path):
     refused = run("burnin.py", *flags[:-1], '{"hidden_dim": 64}', code=2)
     assert "was made with other options (model_args" in refused.stderr
     assert (tmp_path / "run/settings.json").read_text() == before
+    run("distill.py", *flags, "--supervised-only", "--recipe", "robust")
+    assert (tmp_path / "run/settings.json").read_text() == before, "unchanged"
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,8 @@ def fit_steps(cfg: Config, seconds: float) -> dict:
     t, b, d = cfg.steps
     t = 0 if cfg.teacher_checkpoint or cfg.student_checkpoint else t
     b = 0 if cfg.student_checkpoint else b
-    guided = 1.0 if cfg.supervised_only else GUIDED_STEP_COST
+    # Within the limit of --preset auto, the supervised baseline has the steps that guided phases would have.
+    guided = 1.0 if cfg.supervised_only and "hours" in cfg.given else GUIDED_STEP_COST
     fixed = cfg.finetune_steps if "finetune_steps" in cfg.given else 0
     available = 0.9 * 3600 * cfg.hours / seconds - fixed  # the rest is for evaluation
     factor = max(available, 0) / (t + guided * (b + d) + cfg.finetune_steps - fixed)

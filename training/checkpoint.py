@@ -314,7 +314,9 @@ def completed_phases(cfg: Config, env: Env, hashes: dict) -> set[str]:
         print_rank0(f"the former results stay as {files.replace('.pt', '.previous.pt')}")
         for phase in outdated if rank() == 0 else ():
             os.replace(Path(cfg.out) / f"{phase}.pt", Path(cfg.out) / f"{phase}.previous.pt")
-    if rank() == 0:
+    files = [Path(cfg.out) / f"{phase}.pt" for phase in ("teacher", "burnin", "distill")]
+    # The supervised baseline in the folder of a run leaves that run's settings.
+    if rank() == 0 and not (cfg.supervised_only and any(file.exists() for file in files)):
         write_settings(cfg)
     return set(completed)
 
