@@ -272,8 +272,11 @@ def describe_machines(runs: list[dict]) -> str:
     text = f"Machine: {main}."
     for other in others:
         recipes = sorted({f"`{run['recipe']}`" for run in runs if run["machine"] == other})
+        places = sorted(
+            {f"{run['data']}, {100 * run['ratio']:g} %" for run in runs if run["machine"] == other}
+        )
         number = "1 run" if counts[other] == 1 else f"{counts[other]} runs"
-        text += f" {number} of {', '.join(recipes)}: {other}."
+        text += f" {number} of {', '.join(recipes)} ({'; '.join(places)}): {other}."
     return text
 
 

@@ -213,7 +213,7 @@ RECIPES = {
     ),
     "labels-as-long": (
         "labels only, for the steps of all phases and a third of phase 3 more",
-        ["distill.py --supervised-only --steps {all_steps}"],
+        ["distill.py --supervised-only --steps {t},{b},{d_third_more}"],
     ),
     "labels-as-many": (
         "labels only, for as many labeled images as the student sees",
@@ -267,7 +267,6 @@ def step_numbers(t: int, b: int, d: int) -> dict:
     numbers["d_third_more"] = d + numbers["third"]
     # --supervised-only trains three times --steps.
     numbers["student_steps"] = math.ceil((b + d) / 3)
-    numbers["all_steps"] = math.ceil((t + b + d + d // 3) / 3)
     return numbers | {"b_half": b // 2, "d_more": d + b - b // 2, "d_half": d // 2, "b_more": b + d - d // 2}
 
 

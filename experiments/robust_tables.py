@@ -114,7 +114,7 @@ def make_summary(groups: dict, settings=SETTINGS) -> list[str]:
 
 def make_questions(runs: list[dict]) -> list[str]:
     """Make the table of QUESTIONS that runs answer."""
-    datasets = [data for data in dict.fromkeys(data for data, _ in SETTINGS)]
+    datasets = list(dict.fromkeys(data for data, _ in SETTINGS))
     lines = [f"| question | difference | {' | '.join(datasets)} | all |", "|---" * (len(datasets) + 3) + "|"]
     for question, comparisons in QUESTIONS.items():
         for row, other in comparisons:
@@ -190,8 +190,9 @@ takes minutes."""
 FIGURE_TEXT = """\
 Precision, recall and mask IoU of the pseudo-labels on 200 training images whose annotations are held out,
 by size of the object: small below 1 % of the crop's area, medium below 10 %. In burn-in they are those that
-the student would give, in distillation those of the EMA teacher; mean over the seeds. Where there are none of
-a size, the figures show 0: on windows of 96 pixels, 5 pixels at stride 4, the minimum area, are 0.9 %."""
+the student would give, in distillation those of the EMA teacher; mean over the seeds. A size without
+pseudo-labels is drawn as 0: in windows of 96 pixels the minimum area, 5 pixels at stride 4, is 0.9 % of the
+crop, so there are almost no small pseudo-labels."""
 
 
 def list_figures(runs: list[dict]) -> list[tuple]:
@@ -213,13 +214,16 @@ def make_page(runs: list[dict]) -> str:
     period = " to ".join(sorted({dates[0], dates[-1]}))
     cost = f"{len(runs)} runs, {hours:.1f} hours of training without evaluations, {period}."
     lines += [wrap(f"{cost} {describe_machines(runs)}"), ""]
-    lines += ["## How the recipe was chosen", "", wrap(QUESTIONS_TEXT), "", *make_questions(runs), ""]
+    lines += ["## Comparisons", "", wrap(QUESTIONS_TEXT), "", *make_questions(runs), ""]
     figures = list_figures(runs)
     if figures:
         lines += ["## What changes", "", wrap(FIGURE_TEXT), ""]
     for name, data, ratio in figures:
         lines += [f"![pseudo-labels on {data}, {100 * ratio:g} % of the labels]({name})", ""]
-    note = "`robust.jsonl` has the commands as they were run, with their steps."
+    note = (
+        "These commands repeat the runs today; `robust.jsonl` has them as they were run. On CPUs some of "
+        "the flags were left to `--preset auto`, whose choices have changed since."
+    )
     return "\n".join(lines + make_commands(runs, note)) + "\n"
 
 

@@ -225,8 +225,8 @@ def test_every_recipe_is_a_command_with_the_flags_of_its_data(data, recipes):
             assert bool(cfg.labeled_list) == (data == "tiles" and not everything)
             steps = {"refined": (3,) * 3, "no-distillation": (10, 49, 1), "two-phase": (10, 1, 49)}
             steps |= {"clean-refined": (3,) * 3, "labels-only-refined": (3,) * 3, "restarted": (10, 1, 9)}
-            # All phases have 60 steps, a third of phase 3 has 10; the student has 50.
-            steps |= {"labels-as-long": (24,) * 3, "labels-as-many": (17,) * 3}
+            # The student has 50 steps, a third of phase 3 has 9 (a multiple of 3).
+            steps |= {"labels-as-long": (10, 20, 39), "labels-as-many": (17,) * 3}
             steps |= {"shorter": (10, 10, 40), "longer": (10, 35, 15), "more-distillation": (10, 20, 39)}
             expected = (10, 20, 1) if recipe.startswith("burn-in-") else (10, 20, 30)
             assert cfg.steps == steps.get(recipe, expected), line
@@ -335,7 +335,7 @@ def test_the_page_and_its_figures_are_made_from_the_records(tables, tmp_path):
     tables.write_page(json.loads(json.dumps(records)), tmp_path)
     page = (tmp_path / "ABLATION.md").read_text()
     cost = "3 runs, 3.0 hours of training without evaluations, 2026-01-01. "
-    last = f"Machine: M. 1 run of `{records[-1]['recipe']}`: N."
+    last = f"Machine: M. 1 run of `{records[-1]['recipe']}` (shapes, 2 %): N."
     assert cost + last in page.replace("\n", " ") and "| unguided burn-in" in page
     assert "| `unguided` | " in page and "`clean` |" not in page
     assert (tmp_path / "ablation-shapes-2.png").stat().st_size > 10_000
