@@ -309,8 +309,7 @@ def run_burn_in(cfg: Config, env: Env, data: Data, criterion: SetCriterion, comp
 def main(argv=None) -> None:
     with expected_errors():
         cfg = parse_config(argv, __doc__)
-        finetunes = cfg.finetune_steps and "finetune_steps" in cfg.given and not cfg.settings_from
-        if cfg.student_checkpoint or finetunes:
+        if cfg.student_checkpoint or cfg.finetune_steps and not cfg.settings_from:
             raise ValueError("--student-checkpoint and --finetune-steps belong to phase 3; run distill.py")
         env, data, criterion = set_up(cfg)
         completed = completed_phases(cfg, env, data.hashes)

@@ -71,6 +71,11 @@ def ours(flags, precision="fp32", compiled=False, env=None):
     criterion = SetCriterion(NUM_CLASSES).to(env.device)
     parts = dict(backbone=student.backbone, pixel_decoder=student.pixel_decoder, decoder=student.decoder)
     clock = Clock(env.device, losses=criterion, **({} if compiled else parts))
+    if compiled:
+        with (
+            torch.no_grad()
+        ):  # What is remembered for images of a size must not lie in a CUDA graph's memory.
+            student(images)
     called = compile_model(student, compiled)
 
     def step():

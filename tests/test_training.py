@@ -324,6 +324,14 @@ def test_burnin_refuses_options_of_phase_3(tiny, tmp_path, flags):
     assert done.stderr.startswith("error: --student-checkpoint and --finetune-steps belong to phase 3")
 
 
+def test_cutmix_of_batches_of_one_image_is_a_warning(tiny, tmp_path):
+    flags = ["--steps", "1", "--batch", "1", "--strong-view", "color,cutmix"]
+    warning = "warning: CutMix does nothing"
+    assert warning in train(tiny, tmp_path / "guided", *flags).stdout
+    assert warning not in train(tiny, tmp_path / "labels", *flags, "--supervised-only").stdout
+    assert warning not in train(tiny, tmp_path / "two", *flags, "--batch", "2").stdout
+
+
 def test_bad_flags_end_the_real_command_with_one_line():
     done = run("distill.py", "--ratio", "5", processes=1, code=2)
     assert done.stderr == "error: --ratio 5 must be in (0, 1]; 5 % is 0.05\n" and done.stdout == ""

@@ -38,6 +38,7 @@ from training.distributed import (
     print_rank0,
     rank,
     use_bf16,
+    warn_once,
     world_size,
     wrap_ddp,
 )
@@ -91,6 +92,8 @@ def complete_settings(cfg: Config, data: Data) -> None:
         raise ValueError(f"--batch {cfg.batch} must be a multiple of the {world_size()} processes")
     if cfg.norm == "batch" and world_size() > 1 and data.env.device.type != "cuda":
         raise ValueError("--norm batch is synchronized on GPUs only; use group or frozen on several CPUs")
+    if "cutmix" in cfg.strong_view and cfg.batch == world_size() and not cfg.supervised_only:
+        warn_once("CutMix does nothing: a process has one unlabeled image per step, and no other to paste")
     data.augmentation  # noqa: B018  raises for a wrong crop or scale
     check_model(cfg, data)
 
