@@ -72,9 +72,8 @@ def ours(flags, precision="fp32", compiled=False, env=None):
     parts = dict(backbone=student.backbone, pixel_decoder=student.pixel_decoder, decoder=student.decoder)
     clock = Clock(env.device, losses=criterion, **({} if compiled else parts))
     if compiled:
-        with (
-            torch.no_grad()
-        ):  # What is remembered for images of a size must not lie in a CUDA graph's memory.
+        # What the model remembers for a size of images must not lie in the memory of a CUDA graph.
+        with torch.no_grad():
             student(images)
     called = compile_model(student, compiled)
 
