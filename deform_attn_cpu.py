@@ -211,8 +211,10 @@ def gathered_dot(left: Tensor, index: Tensor, right: Tensor) -> Tensor:
 def prefers_channels_last(x: Tensor) -> bool:
     """Return whether x is on a CPU whose convolutions are fastest with channels last (AVX-512). An export is
     for any machine; torch.compile is no export, although in torch 2.11 it says that it is."""
-    exporting = getattr(torch.compiler, "is_exporting", bool)()
-    return x.device.type == "cpu" and AVX512 and (not exporting or torch.compiler.is_dynamo_compiling())
+    fast = x.device.type == "cpu" and AVX512
+    return fast and (
+        torch.compiler.is_dynamo_compiling() or not getattr(torch.compiler, "is_exporting", bool)()
+    )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

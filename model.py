@@ -613,8 +613,7 @@ def fastest_ms_deform_attn(device: torch.device):
 
     An export needs operations that every machine has: it traces the plain form. torch.compile is no export,
     although in torch 2.11 it says that it is."""
-    exporting = getattr(torch.compiler, "is_exporting", bool)()
-    if exporting and not torch.compiler.is_dynamo_compiling():
+    if not torch.compiler.is_dynamo_compiling() and getattr(torch.compiler, "is_exporting", bool)():
         return ms_deform_attn
     if device.type == "cpu" and ms_deform_attn_cpu:
         return ms_deform_attn_cpu
